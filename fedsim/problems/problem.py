@@ -1,0 +1,121 @@
+"""What is minimised: `(1/n) sum_i f_i(x) + r(x)`, with node `i` owning `f_i`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.errors import Unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+Nodes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Records drawn for each row: `sum_j weights[row, j] * grad loss(record indices[row, j])`.
+
+    Attributes:
+        indices: int64 `[rows, width]`, record numbers within each node (padding repeats record 0).
+        weights: float64 `[rows, width]`, 0 where padded; they already hold the `1/b` of a mean.
+    """
+
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @property
+    def records(self) -> int:
+        """Number of per-record gradients this costs."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True)
+class CompiledObjective:
+    """A gradient that the event kernel can call, with the data of the nodes it was made for.
+
+    `gradient` is a numba function of the signature
+    `(slot, x, indices, weights, reals, ints, scratch, out) -> None`:
+
+    - `slot` int64: which of the nodes given to `Problem.compiled(nodes)`, by place in that array;
+    - `x` float64 `[dim]`, `out` float64 `[dim]` (overwritten with the gradient of `f_i` at `x`);
+    - `indices` int64 `[b]`, `weights` float64 `[b]`: a minibatch; `b = 0` means all records (exact gradient);
+    - `reals` float64 flat, `ints` int64 flat: the data, laid out by the objective; `scratch` float64.
+
+    Its result must depend on nothing else, and equal `Problem.gradient` to rounding.
+    """
+
+    gradient: Callable[..., None]
+    reals: NDArray[np.float64]
+    ints: NDArray[np.int64]
+    scratch: int
+
+
+class Problem(ABC):
+    """`n` local objectives over `R^dim`.
+
+    Arrays indexed by node use node numbers (the user's order). `nodes` arguments are int64 arrays of node
+    numbers, one per row of `x`; a row's result must not depend on which other rows share the call.
+
+    Attributes:
+        n: number of nodes. dim: length of a model.
+        records: int64 `[n]`, records per node (0 where the objective has none).
+        L, mu: float64 `[n]`, smoothness and strong convexity of each `f_i`; None where unknown.
+        kind: the registered name.
+    """
+
+    kind: str = "problem"
+    n: int
+    dim: int
+    records: NDArray[np.int64]
+    L: NDArray[np.float64] | None = None
+    mu: NDArray[np.float64] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of models and gradients; float64 unless the problem says otherwise."""
+        import torch
+
+        return torch.float64
+
+    @abstractmethod
+    def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
+        """Return `grad f_i(x_i)` as `[rows, dim]`: exact for `batch=None`, else the minibatch estimate."""
+
+    @abstractmethod
+    def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+        """Return `f_i(x_i)` over all records of node i as `[rows]` (x may be `[1, dim]`, shared by all)."""
+
+    def dual_gradient(self, s: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+        """Return `grad f_i^*(s_i)` as `[rows, dim]`: the point where `grad f_i` equals `s_i`."""
+        raise Unsupported(f"problem {self.kind!r} has no dual gradient; least squares of full column rank, ridge and quadratics have")
+
+    def composite(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `r(x)` per row as `[rows]`; 0 here."""
+        return x.new_zeros(x.shape[0])
+
+    def prox(self, v: torch.Tensor, step: float) -> torch.Tensor:
+        """Return `argmin_x r(x) + ||x - v||^2 / (2 step)` per row; the identity here."""
+        return v
+
+    def optimum(self) -> torch.Tensor | None:
+        """Return the unique minimiser `[dim]` to 1e-12, or None where it is not unique or not known."""
+        return None
+
+    def compiled(self, nodes: Nodes) -> CompiledObjective | None:
+        """Return the compiled gradient over these nodes' data, or None: then events use `gradient` in batches."""
+        return None
+
+    def metrics(self) -> dict[str, Callable[[torch.Tensor], float]]:
+        """Return further metrics of the mean model, by name (accuracy on a held-out set, say)."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a reader of the result should know: sizes, partition table, notes."""
+        return {}
