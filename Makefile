@@ -1,0 +1,37 @@
+# Everything a newcomer needs: `make quickstart`, `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test test-slow lint types bench clean
+
+# A stamp, so that the environment is made once and refreshed when the pins change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Making a virtual environment in $(VENV) (about a minute)..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --constraint constraints.txt torch -e ".[mpi]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-benchmark hypothesis ruff pyright
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@echo "Running scenarios/quickstart.yaml (the very first run compiles kernels for some seconds)..."
+	@$(BIN)/fedsim run scenarios/quickstart.yaml
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) runs

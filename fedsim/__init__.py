@@ -1,0 +1,1 @@
+"""fedsim: decentralized and federated optimization; one scenario on every engine."""
