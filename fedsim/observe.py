@@ -1,0 +1,90 @@
+"""Metrics of the nodes' answers: reductions over nodes in the fixed tree, never a copy of all state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fedsim.engine.sums import tree_sum
+from fedsim.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedsim.engine.layout import Layout
+    from fedsim.problems.problem import Problem
+
+BUILT_IN = ("distance", "consensus", "loss", "stationarity")
+
+
+class Observer:
+    """Computes the chosen metrics of `x [rows, dim]` (position order), as design section 8 defines them.
+
+    Args:
+        problem: what is minimised.
+        layout: which nodes the rows are.
+        names: metric names; None takes all that the problem allows, but `stationarity`.
+        step: the step of the proximal gradient mapping in `stationarity`; default 1 / max L.
+
+    Raises:
+        InputError: an unknown metric, or `distance` where there is no unique optimum.
+    """
+
+    def __init__(
+        self, problem: Problem, layout: Layout, names: Sequence[str] | None = None, step: float | None = None
+    ) -> None:
+        self._problem, self._layout = problem, layout
+        self._optimum = problem.optimum()
+        extra = problem.metrics()
+        self._extra: dict[str, Callable[[torch.Tensor], float]] = extra
+        default = [m for m in ("distance", "consensus", "loss") if m != "distance" or self._optimum is not None]
+        self.names = tuple(names) if names is not None else (*default, *extra)
+        self._step = step if step is not None else _default_step(problem)
+        self._refuse_unknown()
+
+    def __call__(self, x: torch.Tensor) -> dict[str, float]:
+        """Return the metrics by name, in the order asked for."""
+        mean = self._mean(x)
+        return {name: self._metric(name, x, mean) for name in self.names}
+
+    def _metric(self, name: str, x: torch.Tensor, mean: torch.Tensor) -> float:
+        if name == "distance":
+            return self._mean_square(x - self._optimum)
+        if name == "consensus":
+            return self._mean_square(x - mean)
+        if name == "loss":
+            local = self._problem.loss(mean, self._layout.nodes)
+            return float(self._mean(local[:, None])[0, 0] + self._problem.composite(mean)[0])
+        if name == "stationarity":
+            return self._stationarity(mean)
+        return float(self._extra[name](mean))
+
+    def _stationarity(self, mean: torch.Tensor) -> float:
+        g = self._mean(self._problem.gradient(mean.expand(self._layout.rows, -1).contiguous(), self._layout.nodes))
+        assert self._step is not None
+        mapping = (mean - self._problem.prox(mean - self._step * g, self._step)) / self._step
+        return float((mapping**2).sum())
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        return (tree_sum(values, self._layout.lo, self._layout.n) / self._layout.n)[None]
+
+    def _mean_square(self, difference: torch.Tensor) -> float:
+        return float(self._mean((difference**2).sum(dim=1, keepdim=True))[0, 0])
+
+    def _refuse_unknown(self) -> None:
+        allowed = (*BUILT_IN, *self._extra)
+        for name in self.names:
+            if name not in allowed:
+                hint = did_you_mean(name, allowed)
+                raise InputError(f"record.metrics: {name!r} is unknown{hint}; this problem has {', '.join(allowed)}")
+        if "distance" in self.names and self._optimum is None:
+            raise InputError(
+                f"record.metrics: 'distance' needs a unique optimum, which problem {self._problem.kind!r} does not have"
+                " here (mu = 0, or not convex); leave it out, or add l2"
+            )
+        if "stationarity" in self.names and self._step is None:
+            raise InputError("record.metrics: 'stationarity' needs record.step, since L is unknown for this problem")
+
+
+def _default_step(problem: Problem) -> float | None:
+    return None if problem.L is None else 1.0 / float(problem.L.max())

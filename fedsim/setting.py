@@ -1,0 +1,144 @@
+"""What an algorithm may know before it starts: sizes and constants of this problem on this topology."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.errors import InputError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+    from fedsim.problems.problem import Problem
+    from fedsim.topology.spectral import Chi
+    from fedsim.topology.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class RunSetting:
+    """Implements `fedsim.algorithms.algorithm.Setting` for a problem, a topology, its rates and its mixing matrix.
+
+    Attributes:
+        given_rates: float64 `[m]` exchanges per unit of time, already scaled; None where nothing gossips.
+        given_chi: chi1, chi2 of these rates; None: computed when asked for.
+        mixing: the mixing matrix over node numbers; None where nothing mixes.
+        common_start: True when all nodes start from the same point.
+    """
+
+    problem: Problem
+    topology: Topology
+    given_rates: NDArray[np.float64] | None = None
+    given_chi: Chi | None = None
+    mixing: csr_array | None = None
+    common_start: bool = True
+
+    @property
+    def n(self) -> int:
+        """Number of nodes."""
+        return self.topology.n
+
+    @property
+    def dim(self) -> int:
+        """Length of a model."""
+        return self.problem.dim
+
+    @cached_property
+    def L(self) -> float | None:
+        """`max_i L_i`, or None where unknown."""
+        return None if self.problem.L is None else float(np.max(self.problem.L))
+
+    @cached_property
+    def mu(self) -> float | None:
+        """`min_i mu_i`, or None where unknown."""
+        return None if self.problem.mu is None else float(np.min(self.problem.mu))
+
+    @property
+    def edges(self) -> NDArray[np.int64]:
+        """int64 `[m, 2]`, node numbers."""
+        return self.topology.edges
+
+    @property
+    def rates(self) -> NDArray[np.float64]:
+        """float64 `[m]`, exchanges per unit of time."""
+        self.require("this algorithm", "rates")
+        assert self.given_rates is not None
+        return self.given_rates
+
+    @cached_property
+    def chi(self) -> Chi:
+        """chi1 and chi2 of the rates' Laplacian."""
+        from fedsim.topology.spectral import chi
+
+        return self.given_chi if self.given_chi is not None else chi(self.topology, self.rates)
+
+    @property
+    def chi1(self) -> float:
+        """`1 / lambda_2` of the rates' Laplacian."""
+        return self.chi.chi1
+
+    @property
+    def chi2(self) -> float:
+        """Half the largest effective resistance over edges of the rates' Laplacian."""
+        return self.chi.chi2
+
+    @cached_property
+    def laplacian_eigenvalues(self) -> tuple[float, float]:
+        """Smallest positive and largest eigenvalue of the unweighted Laplacian."""
+        from fedsim.topology.spectral import laplacian_extremes
+
+        self.require("this algorithm", "edges")
+        return laplacian_extremes(self.topology)
+
+    @cached_property
+    def mixing_gap(self) -> float:
+        """`1 - max(|lambda_2|, |lambda_n|)` of the mixing matrix."""
+        from fedsim.topology.spectral import mixing_gap
+
+        self.require("this algorithm", "mixing")
+        return mixing_gap(self.mixing)
+
+    @cached_property
+    def resistances(self) -> NDArray[np.float64]:
+        """float64 `[m]`, effective resistance of each edge under the rates' Laplacian."""
+        from fedsim.topology.spectral import resistances
+
+        return resistances(self.topology, self.rates)
+
+    @property
+    def has_dual(self) -> bool:
+        """True when the problem has dual gradients."""
+        from fedsim.problems.problem import Problem
+
+        return type(self.problem).dual_gradient is not Problem.dual_gradient
+
+    def require(self, who: str, *names: str) -> None:
+        """Refuse by name what is missing: "L", "mu" (positive), "dual", "rates", "mixing", "edges".
+
+        Raises:
+            InputError: says who needs what, and how to get it.
+        """
+        for name in names:
+            lack = self._lack(name)
+            if lack:
+                raise InputError(f"{who} needs {lack}")
+
+    def _lack(self, name: str) -> str | None:
+        kind = self.problem.kind
+        if name == "L" and self.L is None:
+            return f"the smoothness L, which is unknown for problem {kind!r}; give the step sizes yourself"
+        if name == "mu" and not self.mu:
+            return f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2, or give the constants yourself"
+        if name == "dual" and not self.has_dual:
+            return f"dual gradients, which problem {kind!r} does not have; least squares of full column rank, ridge and quadratics do"
+        if name == "rates" and self.given_rates is None:
+            return "gossip rates: give the scenario a `rates` section"
+        if name == "mixing" and self.mixing is None:
+            return "a mixing matrix: give the scenario a `mixing` section"
+        if name == "edges" and self.topology.is_server:
+            return "edges, which a server topology does not have"
+        return None
