@@ -1,0 +1,218 @@
+"""From a scenario to the objects of a run: topology, rates, problem, algorithm, player."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsim.algorithms.algorithm import Algorithm, SyncAlgorithm
+from fedsim.engine.layout import Layout
+from fedsim.errors import InputError
+from fedsim.setting import RunSetting
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedsim.engine.player import Player
+    from fedsim.problems.problem import Problem
+    from fedsim.scenario import Scenario
+    from fedsim.topology.rates import Rates
+    from fedsim.topology.topology import Topology
+
+
+@dataclass(frozen=True)
+class Live:
+    """Objects given from Python instead of a section of the scenario; None: built from the section."""
+
+    topology: Topology | None = None
+    problem: Problem | None = None
+    algorithm: Algorithm | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything a run needs, resolved; nothing has been played yet."""
+
+    scenario: Scenario
+    topology: Topology
+    problem: Problem
+    algorithm: Algorithm
+    setting: RunSetting
+    rates: Rates | None
+    layout: Layout
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def player(self) -> Player:
+        """Return a fresh player; it starts from the scenario's start."""
+        x0 = start_rows(self.scenario, self.problem, self.layout)
+        return _rounds(self, x0) if isinstance(self.algorithm, SyncAlgorithm) else _events(self, x0)
+
+
+def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any] | None = None) -> Prepared:
+    """Build and resolve everything that `scenario` names.
+
+    Args:
+        live: objects that replace sections.
+        shared: a dictionary that the runs of one study pass along, so that equal sections are built once.
+
+    Raises:
+        InputError: a section cannot be built, or the algorithm's theory lacks something.
+    """
+    live = live or Live()
+    shared = {} if shared is None else shared
+    topology = live.topology or _once(shared, ("topology", scenario.topology), lambda: _topology(scenario))
+    problem = live.problem or _once(
+        shared,
+        ("problem", scenario.problem, scenario.problem_seed, topology.n),
+        lambda: _problem(scenario, topology.n),
+    )
+    if problem.n != topology.n:
+        raise InputError(f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal")
+    algorithm = live.algorithm or _algorithm(scenario)
+    sync = isinstance(algorithm, SyncAlgorithm)
+    rates = None if sync or topology.is_server else _once(
+        shared, ("rates", scenario.topology, scenario.rates), lambda: _rates(scenario, topology)
+    )  # fmt: skip
+    mixing = None if not sync or topology.is_server else _once(
+        shared, ("mixing", scenario.topology, scenario.mixing), lambda: _mixing(scenario, topology)
+    )  # fmt: skip
+    setting = RunSetting(
+        problem,
+        topology,
+        None if rates is None else rates.per_edge,
+        None if rates is None else rates.chi,
+        mixing,
+        common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal"),
+    )
+    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, Layout(topology))
+
+
+def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
+    """Return where the rows start: `[rows, dim]`, by the scenario's `start` section.
+
+    `zeros`; `normal` (one draw per node, times `scale`); `common_normal` (one draw for all); `given`
+    (`value`: a list of `dim` numbers, or a `.npy` file of `[dim]` or `[n, dim]`).
+    """
+    import torch
+
+    from fedsim.engine.streams import Streams
+
+    kind, dtype = scenario.start.get("kind", "zeros"), problem.dtype
+    shape = (layout.rows, problem.dim)
+    if kind == "zeros":
+        return torch.zeros(shape, dtype=dtype)
+    scale = float(scenario.start.get("scale", 1.0))
+    streams = Streams(scenario.seed)
+    if kind == "normal":
+        return torch.from_numpy(streams.normal("start", layout.nodes, 0, problem.dim) * scale).to(dtype)
+    if kind == "common_normal":
+        one = streams.normal("start", np.zeros(1, np.int64), 0, problem.dim) * scale
+        return torch.from_numpy(np.repeat(one, layout.rows, axis=0)).to(dtype)
+    if kind == "problem":
+        value = problem.facts().get("start")
+        if value is None:
+            raise InputError(f"start.kind: 'problem' needs a problem that knows where to start; {problem.kind!r} does not")
+        return torch.as_tensor(np.asarray(value), dtype=dtype).expand(shape).clone()
+    return _given_start(scenario, problem, layout).to(dtype)
+
+
+def _given_start(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
+    import torch
+
+    value = scenario.start["value"]
+    if isinstance(value, str):
+        value = np.load(scenario.base / value, allow_pickle=False)
+    array = np.asarray(value, dtype=np.float64)
+    if array.shape == (problem.dim,):
+        return torch.from_numpy(np.repeat(array[None], layout.rows, axis=0))
+    if array.shape == (layout.n, problem.dim):
+        return torch.from_numpy(np.ascontiguousarray(array[layout.nodes]))
+    raise InputError(
+        f"start.value: shape {array.shape} given, [{problem.dim}] (common) or [{layout.n}, {problem.dim}] (per node) needed"
+    )
+
+
+def _once(shared: dict[str, Any], key: tuple[Any, ...], build: Any) -> Any:
+    name = repr(key)
+    if name not in shared:
+        shared[name] = build()
+    return shared[name]
+
+
+def _topology(scenario: Scenario) -> Topology:
+    from fedsim.topology.generators import build
+
+    return build(scenario.topology, scenario.base)
+
+
+def _problem(scenario: Scenario, n: int) -> Problem:
+    from fedsim.problems.build import build
+
+    return build(scenario.problem, n, scenario.problem_seed, scenario.base)
+
+
+def _algorithm(scenario: Scenario) -> Algorithm:
+    return scenario.make_algorithm()
+
+
+def _rates(scenario: Scenario, topology: Topology) -> Rates:
+    from fedsim.topology.rates import scenario_rates
+
+    return scenario_rates(scenario.rates or {"kind": "uniform"}, topology, scenario.base)
+
+
+def _mixing(scenario: Scenario, topology: Topology) -> Any:
+    from fedsim.topology.mixing import mixing_matrix
+
+    return mixing_matrix(scenario.mixing or {"kind": "metropolis"}, topology, scenario.base)
+
+
+def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
+    from fedsim.engine.rounds import Rounds
+    from fedsim.topology.spectral import laplacian
+
+    matrices = {}
+    if not p.topology.is_server:
+        matrices = {"W": p.setting.mixing, "laplacian": laplacian(p.topology)}
+    block = p.scenario.engine.get("block", "auto")
+    assert isinstance(p.algorithm, SyncAlgorithm)
+    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block=block)
+
+
+def _events(p: Prepared, x0: torch.Tensor) -> Player:
+    from fedsim.engine.events import Events
+
+    return Events(
+        p.algorithm,
+        p.setting,
+        p.problem,
+        p.layout,
+        p.setting.rates,
+        x0,
+        p.scenario.seed,
+        sampling=getattr(p.algorithm, "batch", None),
+        output=p.scenario.record.get("output", "flowed"),
+        player=p.scenario.engine.get("player", "auto"),
+    )
+
+
+def provenance(algorithm: Algorithm) -> dict[str, str]:
+    """Return what a reader must know of where the algorithm comes from."""
+    kind = getattr(algorithm, "kind", type(algorithm).__name__)
+    return {
+        "algorithm": kind,
+        "paper": getattr(algorithm, "paper", "the user's own"),
+        "provenance": getattr(algorithm, "provenance", "the user's own"),
+    }
+
+
+def folder_for(name: str, root: Path) -> Path:
+    """Return `root/name`, or `root/name-2`, ... : a folder that does not exist yet."""
+    path, count = root / name, 1
+    while path.exists():
+        count += 1
+        path = root / f"{name}-{count}"
+    return path

@@ -1,0 +1,273 @@
+"""The whole life of a run on one page."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.digest import combined, digest
+from fedsim.errors import Diverged, FedsimError, InputError
+from fedsim.results.folder import RunFolder, write_whole
+from fedsim.results.recorder import Recorder
+from fedsim.results.result import STUDY, Result, StudyResult, load
+
+if TYPE_CHECKING:
+    from fedsim.algorithms.algorithm import Algorithm
+    from fedsim.engine.player import Player
+    from fedsim.prepare import Live, Prepared
+    from fedsim.problems.problem import Problem
+    from fedsim.scenario import Scenario, Study
+    from fedsim.topology.topology import Topology
+
+Progress = Callable[[str, float, float, dict[str, Any]], None]  # run name, now, horizon, last row
+
+
+def run(
+    scenario: str | Path | dict[str, Any] | Study | None = None,
+    *,
+    overrides: Sequence[str] | dict[str, Any] = (),
+    short: bool = False,
+    folder: str | Path | None = None,
+    topology: Topology | Any | None = None,
+    problem: Problem | None = None,
+    algorithm: Algorithm | None = None,
+    progress: Progress | None = None,
+    **sections: Any,
+) -> Result | StudyResult:
+    """Run a scenario, or live objects, and return what it left behind.
+
+    Args:
+        scenario: a file, a dictionary of its sections, or None when objects are given.
+        overrides: `"algorithm.gamma=0.1"` strings or a dictionary of dotted keys.
+        short: play the scenario's `short` form.
+        folder: where the results go (default `runs/NAME`, numbered when it exists).
+        topology, problem, algorithm: live objects that replace the sections; a networkx graph is a topology.
+        progress: called with (run, now, horizon, last metrics) after every observation.
+        sections: further sections as keyword arguments (`schedule={"horizon": 50}`).
+
+    Raises:
+        InputError: nothing has been run then.
+        Diverged: a state that is no longer finite; the results up to there are in the folder.
+    """
+    from fedsim.engine.machine import prepare as prepare_machine
+    from fedsim.prepare import Live, folder_for
+    from fedsim.scenario import Study, load_study
+
+    prepare_machine()
+    live = Live(_as_topology(topology), problem, algorithm)
+    if isinstance(scenario, Study):
+        study = scenario
+    else:
+        source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
+        study = load_study(source, overrides=overrides, short=short, live=live)
+    root = Path(folder) if folder else folder_for(study.name, Path("runs"))
+    if len(study.runs) == 1:
+        return run_one(study.runs[0], root, live, progress=progress)
+    return run_study(study, root, live, progress)
+
+
+def resume(folder: str | Path, progress: Progress | None = None) -> Result | StudyResult:
+    """Go on from the last checkpoint of a run (or of the unfinished runs of a study), to the same bits."""
+    from fedsim.engine.machine import prepare as prepare_machine
+    from fedsim.scenario import load_study
+
+    prepare_machine()
+    found = load(folder)
+    for result in found.runs:
+        if result.status != "finished":
+            scenario = load_study(result.folder / "scenario.yaml").runs[0]
+            run_one(scenario, result.folder, progress=progress, again=True, variant=result.facts.get("variant"))
+    return _with_digest(StudyResult(found.folder)) if isinstance(found, StudyResult) else Result(found.folder)
+
+
+def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -> StudyResult:
+    """Play every run of a study into a folder each; runs share what their scenarios have in common."""
+    shared: dict[str, Any] = {}
+    root.mkdir(parents=True, exist_ok=True)
+    names = [scenario.folder for scenario in study.runs]
+    write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
+    failures = []
+    for scenario in study.runs:
+        try:
+            run_one(scenario, root / scenario.folder, live, shared, progress)
+        except Diverged as error:
+            failures.append(f"{scenario.folder}: {error}")
+    result = _with_digest(StudyResult(root))
+    if failures:
+        raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
+    return result
+
+
+def run_one(
+    scenario: Scenario,
+    root: Path,
+    live: Live | None = None,
+    shared: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    again: bool = False,
+    variant: str | None = None,
+) -> Result:
+    """Play one run into `root`; `again` goes on from its checkpoint."""
+    from fedsim.prepare import prepare
+
+    prepared = prepare(scenario, live, shared)
+    files = RunFolder(root)
+    if not again:
+        files.clear()
+        files.write_scenario(scenario.to_yaml())
+    facts = _facts(prepared, variant or scenario.variant)
+    player = prepared.player()
+    saved = files.load_checkpoint() if again else None
+    recorder = Recorder(root, keep=saved[1]["rows"] if saved else 0)
+    player.start()
+    if saved:
+        player.load(saved[0])
+    facts["status"] = "running"
+    files.write_run(facts)
+    wall = saved[1]["wall_seconds"] if saved else 0.0
+    try:
+        facts["stopped_by"] = _play(prepared, player, recorder, files, wall, progress)
+        facts["status"] = "finished"
+    except KeyboardInterrupt:
+        facts["status"] = "interrupted"
+        raise
+    except BaseException as error:
+        facts.update(status="failed", error=str(error))
+        raise
+    finally:
+        recorder.close()
+        facts["totals"] = player.counts.as_dict()
+        if facts["status"] == "finished":
+            facts["digest"] = _digest(prepared, player)
+        files.write_run(facts)
+    return Result(root)
+
+
+def _play(
+    p: Prepared, player: Player, recorder: Recorder, files: RunFolder, wall: float, progress: Progress | None
+) -> str:
+    """Play, observe and checkpoint to the end; return what ended the run."""
+    from fedsim.observe import Observer
+
+    s = p.scenario
+    observer = Observer(p.problem, p.layout, s.record.get("metrics"), s.record.get("step"))
+    horizon, done = float(s.schedule["horizon"]), len(recorder)
+    every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
+    next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
+    for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
+        clock = time.perf_counter()
+        player.advance(target)
+        wall += time.perf_counter() - clock
+        row = {**_clock(p, target), **observer(player.outputs()), **player.counts.as_dict(), "wall_seconds": wall}
+        recorder.append(row)
+        _refuse_divergence(row, target)
+        if progress:
+            progress(s.folder, target, horizon, row)
+        reason = _stop(s.stop, row)
+        if reason:
+            return reason
+        if target >= next_checkpoint:
+            files.save_checkpoint(player.save(), {"rows": len(recorder), "now": target, "wall_seconds": wall})
+            next_checkpoint = (math.floor(target / every) + 1) * every
+    return "horizon"
+
+
+def _targets(every: float, horizon: float, done: int) -> Iterator[float]:
+    """Yield 0, every, 2 every, ... up to and including the horizon, without the first `done`."""
+    count = math.ceil(horizon / every - 1e-9)
+    for k in range(done, count + 1):
+        yield min(k * every, horizon)
+
+
+def _clock(p: Prepared, target: float) -> dict[str, float | int]:
+    from fedsim.algorithms.algorithm import SyncAlgorithm
+
+    if isinstance(p.algorithm, SyncAlgorithm):
+        return {"round": round(target)}
+    return {"time": float(target)}
+
+
+def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | None:
+    """Return the condition that holds: a metric at most, a count at least, its bound."""
+    for name, bound in (conditions or {}).items():
+        key = {"seconds": "wall_seconds"}.get(name, name)
+        if key not in row:
+            raise InputError(f"stop.{name}: not among what this run records ({', '.join(row)})")
+        at_least = key in _COUNTS
+        if row[key] >= bound if at_least else row[key] <= bound:
+            return f"{name} {'>=' if at_least else '<='} {bound:g}"
+    return None
+
+
+_COUNTS = frozenset(
+    "gradients dual_gradients samples communications messages bytes bytes_up bytes_down exchanges queries wall_seconds".split()
+)
+
+
+def _refuse_divergence(row: dict[str, Any], target: float) -> None:
+    bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise Diverged(
+            f"{bad[0]} is {row[bad[0]]} at {target:g}: the run diverges. Likely a step size too large for this problem's L,"
+            " or gossip rates below what the algorithm's theory needs (`fedsim check` prints both)"
+        )
+
+
+def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from fedsim.engine.machine import prepare as prepare_machine
+    from fedsim.prepare import provenance
+
+    names = ("fedsim", "torch", "numpy", "scipy", "numba", "networkx")
+    guarantee = p.algorithm.guarantee(p.setting)
+    return {
+        "name": p.scenario.name,
+        "variant": variant,
+        "seed": p.scenario.seed,
+        "scenario_digest": p.scenario.digest(),
+        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), **prepare_machine()},
+        "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
+        "problem": {"kind": p.problem.kind, "dim": p.problem.dim, **p.problem.facts()},
+        "constants": [asdict(c) for c in p.algorithm.constants(p.setting)],
+        "guarantee": None if guarantee is None else asdict(guarantee),
+        **provenance(p.algorithm),
+    }
+
+
+def _digest(p: Prepared, player: Player) -> str:
+    final = player.final()
+    rows = {name: p.layout.nodes for name, array in final.items() if array.shape[:1] == (p.layout.rows,)}
+    return digest(final, rows, player.counts.as_dict())
+
+
+def _with_digest(study: StudyResult) -> StudyResult:
+    digests = [run.digest for run in study.runs if (run.folder / "run.json").exists()]
+    if len(digests) == len(study.runs) and all(digests):
+        write_whole(study.folder / STUDY, _json({**study.facts, "digest": combined(d for d in digests if d)}))
+    return StudyResult(study.folder)
+
+
+def _json(facts: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _as_topology(given: Any) -> Topology | None:
+    from fedsim.topology.topology import Topology
+
+    if given is None or isinstance(given, Topology):
+        return given
+    if hasattr(given, "edges") and hasattr(given, "nodes"):
+        return Topology.from_networkx(given)
+    raise InputError(f"topology: {type(given).__name__} given; a networkx graph or a fedsim Topology is needed")
+
+
+__all__ = ["FedsimError", "Result", "StudyResult", "resume", "run", "run_one", "run_study"]
