@@ -67,7 +67,9 @@ class Recorder:
     def _open(self, row: dict[str, Any]) -> None:
         import pyarrow as pa
 
-        self._schema = pa.schema([(name, pa.int64() if isinstance(v, int) else pa.float64()) for name, v in row.items()])
+        self._schema = pa.schema(
+            [(name, pa.int64() if isinstance(v, int) else pa.float64()) for name, v in row.items()]
+        )
         self._sink = pa.OSFile(str(self._folder / STREAM), "wb")
         self._writer = pa.ipc.new_stream(self._sink, self._schema)
 
@@ -103,5 +105,7 @@ def _kept(folder: Path, keep: int) -> list[dict[str, Any]]:
 
     rows = read_metrics(folder).slice(0, keep).to_pylist()
     if len(rows) < keep:
-        raise RunError(f"{folder}: the checkpoint counts {keep} rows of metrics, but only {len(rows)} are there")
+        raise RunError(
+            f"{folder}: the checkpoint counts {keep} rows of metrics, but only {len(rows)} are there"
+        )
     return rows
