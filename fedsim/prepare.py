@@ -70,7 +70,9 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         lambda: _problem(scenario, topology.n),
     )
     if problem.n != topology.n:
-        raise InputError(f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal")
+        raise InputError(
+            f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
+        )
     algorithm = live.algorithm or _algorithm(scenario)
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(
@@ -114,7 +116,9 @@ def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Te
     if kind == "problem":
         value = problem.facts().get("start")
         if value is None:
-            raise InputError(f"start.kind: 'problem' needs a problem that knows where to start; {problem.kind!r} does not")
+            raise InputError(
+                f"start.kind: 'problem' needs a problem that knows where to start; {problem.kind!r} does not"
+            )
         return torch.as_tensor(np.asarray(value), dtype=dtype).expand(shape).clone()
     return _given_start(scenario, problem, layout).to(dtype)
 

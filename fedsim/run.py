@@ -6,11 +6,12 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.digest import combined, digest
+from fedsim.engine.counts import Counts
 from fedsim.errors import Diverged, FedsimError, InputError
 from fedsim.results.folder import RunFolder, write_whole
 from fedsim.results.recorder import Recorder
@@ -163,7 +164,12 @@ def _play(
         clock = time.perf_counter()
         player.advance(target)
         wall += time.perf_counter() - clock
-        row = {**_clock(p, target), **observer(player.outputs()), **player.counts.as_dict(), "wall_seconds": wall}
+        row = {
+            **_clock(p, target),
+            **observer(player.outputs()),
+            **player.counts.as_dict(),
+            "wall_seconds": wall,
+        }
         recorder.append(row)
         _refuse_divergence(row, target)
         if progress:
@@ -204,17 +210,15 @@ def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | Non
     return None
 
 
-_COUNTS = frozenset(
-    "gradients dual_gradients samples communications messages bytes bytes_up bytes_down exchanges queries wall_seconds".split()
-)
+_COUNTS = frozenset({"wall_seconds", *(field.name for field in fields(Counts))})
 
 
 def _refuse_divergence(row: dict[str, Any], target: float) -> None:
     bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise Diverged(
-            f"{bad[0]} is {row[bad[0]]} at {target:g}: the run diverges. Likely a step size too large for this problem's L,"
-            " or gossip rates below what the algorithm's theory needs (`fedsim check` prints both)"
+            f"{bad[0]} is {row[bad[0]]} at {target:g}: the run diverges. Likely a step size too large for this"
+            " problem's L, or gossip rates below what the algorithm's theory needs (`fedsim check` prints both)"
         )
 
 

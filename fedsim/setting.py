@@ -132,9 +132,15 @@ class RunSetting:
         if name == "L" and self.L is None:
             return f"the smoothness L, which is unknown for problem {kind!r}; give the step sizes yourself"
         if name == "mu" and not self.mu:
-            return f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2, or give the constants yourself"
+            return (
+                f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2, or give the"
+                " constants yourself"
+            )
         if name == "dual" and not self.has_dual:
-            return f"dual gradients, which problem {kind!r} does not have; least squares of full column rank, ridge and quadratics do"
+            return (
+                f"dual gradients, which problem {kind!r} does not have; least squares of full column rank, ridge and"
+                " quadratics do"
+            )
         if name == "rates" and self.given_rates is None:
             return "gossip rates: give the scenario a `rates` section"
         if name == "mixing" and self.mixing is None:

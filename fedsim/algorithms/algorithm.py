@@ -88,6 +88,7 @@ class Setting(Protocol):
     def resistances(self) -> NDArray[np.float64]:
         """float64 `[m]`: `(e_i - e_j)^T Lam^+ (e_i - e_j)` of the rates' Laplacian."""
         ...
+
     @property
     def common_start(self) -> bool: ...
     @property
@@ -104,7 +105,9 @@ class Oracle(Protocol):
     nodes: NDArray[np.int64]
     n: int
 
-    def gradient(self, x: torch.Tensor, batch: Sampling | Minibatch | None = None, rng: Draws | None = None) -> torch.Tensor: ...
+    def gradient(
+        self, x: torch.Tensor, batch: Sampling | Minibatch | None = None, rng: Draws | None = None
+    ) -> torch.Tensor: ...
     def sample(self, sampling: Sampling | None, rng: Draws) -> Minibatch | None: ...
     def dual_gradient(self, s: torch.Tensor) -> torch.Tensor: ...
     def prox(self, v: torch.Tensor, step: float) -> torch.Tensor: ...
@@ -183,7 +186,9 @@ class EventAlgorithm(Algorithm):
     variables: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def start(self, x0: torch.Tensor, gradient: torch.Tensor, mean_gradient: torch.Tensor) -> dict[str, torch.Tensor]: ...
+    def start(
+        self, x0: torch.Tensor, gradient: torch.Tensor, mean_gradient: torch.Tensor
+    ) -> dict[str, torch.Tensor]: ...
 
     def flow(self, v: dict[str, torch.Tensor], elapsed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state `elapsed [rows, 1]` units of time later."""

@@ -94,7 +94,9 @@ class Problem(ABC):
 
     def dual_gradient(self, s: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `grad f_i^*(s_i)` as `[rows, dim]`: the point where `grad f_i` equals `s_i`."""
-        raise Unsupported(f"problem {self.kind!r} has no dual gradient; least squares of full column rank, ridge and quadratics have")
+        raise Unsupported(
+            f"problem {self.kind!r} has no dual gradient; least squares of full column rank, ridge and quadratics have"
+        )
 
     def composite(self, x: torch.Tensor) -> torch.Tensor:
         """Return `r(x)` per row as `[rows]`; 0 here."""

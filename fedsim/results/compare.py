@@ -114,14 +114,10 @@ def _at(runs: list[Result], cost: str, amount: float) -> dict[str, Any]:
     _refuse_missing(runs, cost)
     row: dict[str, Any] = {}
     for metric in [
-        c
-        for c in runs[0].metrics
-        if c not in (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down")
+        c for c in runs[0].metrics if c not in (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down")
     ]:
         grid = np.array([amount])
-        row.update(
-            _quartiles(metric, [float(carried_forward(r.metrics, cost, metric, grid)[0]) for r in runs])
-        )
+        row.update(_quartiles(metric, [float(carried_forward(r.metrics, cost, metric, grid)[0]) for r in runs]))
     return row
 
 
@@ -141,12 +137,8 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
 
 def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
     runs = [run for group in groups.values() for run in group]
-    metric = next(
-        (m for m in ("distance", "stationarity", "loss") if all(m in run.metrics for run in runs)), None
-    )
+    metric = next((m for m in ("distance", "stationarity", "loss") if all(m in run.metrics for run in runs)), None)
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
     if metric is None or not (np.isfinite(worst) and worst > 0):
-        raise InputError(
-            "compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT"
-        )
+        raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
     return metric, float(10.0 ** np.ceil(np.log10(worst)))

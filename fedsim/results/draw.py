@@ -74,11 +74,7 @@ def node_places(topology: Topology) -> NDArray[np.float64]:
 
     if topology.layout is not None:
         return topology.layout
-    start = (
-        nx.kamada_kawai_layout(topology.graph)
-        if topology.n <= 200
-        else nx.spring_layout(topology.graph, seed=0)
-    )
+    start = nx.kamada_kawai_layout(topology.graph) if topology.n <= 200 else nx.spring_layout(topology.graph, seed=0)
     return np.array([start[i] for i in range(topology.n)])
 
 
@@ -87,9 +83,7 @@ def _graph(axis: Axes, topology: Topology, places: NDArray[np.float64], rates: N
 
     relative = rates / max(rates.mean(), np.finfo(float).tiny)
     widths = np.clip(1.3 * relative, 0.08, 7.0)
-    lines = LineCollection(
-        list(places[topology.edges]), linewidths=list(widths), colors=COLOURS[0], alpha=0.75
-    )
+    lines = LineCollection(list(places[topology.edges]), linewidths=list(widths), colors=COLOURS[0], alpha=0.75)
     axis.add_collection(lines)
     axis.scatter(*places.T, s=max(6.0, 600 / topology.n), color=COLOURS[1], zorder=2)
     axis.set_aspect("equal")

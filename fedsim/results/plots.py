@@ -68,9 +68,7 @@ def plot(
     for column in (metric, *costs):
         _refuse_missing(result, column)
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            1, len(costs), figsize=(3.5 * len(costs) + 0.4, 3.4), sharey=True, squeeze=False
-        )
+        figure, axes = plt.subplots(1, len(costs), figsize=(3.5 * len(costs) + 0.4, 3.4), sharey=True, squeeze=False)
         for axis, cost in zip(axes[0], costs, strict=True):
             _panel(axis, result, metric, cost, theory)
         axes[0][0].set_ylabel(TITLES.get(metric, metric))
@@ -91,9 +89,7 @@ def variants(result: Result | StudyResult) -> dict[str, list[Result]]:
     return groups
 
 
-def carried_forward(
-    frame: pd.DataFrame, cost: str, metric: str, grid: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def carried_forward(frame: pd.DataFrame, cost: str, metric: str, grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the last observed `metric` at or before each cost on `grid` (NaN before the first); never interpolated."""
     costs, values = frame[cost].to_numpy(float), frame[metric].to_numpy(float)
     place = np.searchsorted(costs, grid, side="right") - 1
@@ -118,9 +114,7 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     level = goal if goal is not None else _common_goal(result, metric)
     if level is None:
         return ""
-    paid = {
-        name: [cost_to_reach(r.metrics, cost, metric, level) for r in runs] for name, runs in groups.items()
-    }
+    paid = {name: [cost_to_reach(r.metrics, cost, metric, level) for r in runs] for name, runs in groups.items()}
     medians = {
         name: float(np.median([p for p in all_paid if p is not None]))
         for name, all_paid in paid.items()
@@ -227,9 +221,7 @@ def _refuse_missing(result: Result | StudyResult, column: str) -> None:
 
 
 def _positive(result: Result | StudyResult, metric: str) -> bool:
-    return all(
-        (run.metrics[metric] > 0).any() and (run.metrics[metric].dropna() >= 0).all() for run in result.runs
-    )
+    return all((run.metrics[metric] > 0).any() and (run.metrics[metric].dropna() >= 0).all() for run in result.runs)
 
 
 def _common_goal(result: Result | StudyResult, metric: str) -> float | None:

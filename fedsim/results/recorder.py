@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,8 @@ def read_metrics(folder: Path) -> pa.Table:
         return pq.read_table(folder / PARQUET)
     batches: list[pa.RecordBatch] = []
     with pa.OSFile(str(folder / STREAM), "rb") as source, pa.ipc.open_stream(source) as stream:
-        try:
+        with contextlib.suppress(pa.ArrowInvalid, OSError, EOFError):  # the last row: killed while writing it
             batches.extend(stream)
-        except (pa.ArrowInvalid, OSError, EOFError):
-            pass  # the last row was being written when the run was killed
         return pa.Table.from_batches(batches, schema=stream.schema)
 
 
@@ -105,7 +104,5 @@ def _kept(folder: Path, keep: int) -> list[dict[str, Any]]:
 
     rows = read_metrics(folder).slice(0, keep).to_pylist()
     if len(rows) < keep:
-        raise RunError(
-            f"{folder}: the checkpoint counts {keep} rows of metrics, but only {len(rows)} are there"
-        )
+        raise RunError(f"{folder}: the checkpoint counts {keep} rows of metrics, but only {len(rows)} are there")
     return rows

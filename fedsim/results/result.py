@@ -161,9 +161,7 @@ def load(folder: str | Path) -> Result | StudyResult:
         return StudyResult(path)
     if (path / RUN).exists():
         return Result(path)
-    raise InputError(
-        f"{path}: neither a run ({RUN}) nor a study ({STUDY}); give a folder that `fedsim run` made"
-    )
+    raise InputError(f"{path}: neither a run ({RUN}) nor a study ({STUDY}); give a folder that `fedsim run` made")
 
 
 def _plain(row: dict[str, Any], types: Any) -> dict[str, Any]:
