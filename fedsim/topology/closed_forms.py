@@ -1,0 +1,113 @@
+"""Spectral quantities of unweighted products of paths and rings, stars and complete graphs, at any size.
+
+All are for unit rates; a graph is recognised by its `recipe`. Chung, Spectral Graph Theory (1997); values
+for `P = L / m` are those of Nabli & Oyallon, JMLR 2025, section 3.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.topology.topology import Topology
+
+Vector = NDArray[np.float64]
+SIDE = 4000  # longest side of a grid whose resistances are computed with dense sine tables
+
+
+def extreme_eigenvalues(topology: Topology) -> tuple[float, float] | None:
+    """Return (smallest positive, largest) Laplacian eigenvalue, or None where no closed form is known."""
+    kind, p = topology.recipe or ("", {})
+    n = float(topology.n)
+    if kind == "complete":
+        return n, n
+    if kind == "star":
+        return (1.0, n) if n > 2 else (2.0, 2.0)
+    factors = _factors(kind, p)
+    if factors is None:
+        return None
+    spectra = [_eigenvalues(shape, size) for shape, size in factors if size > 1]
+    return float(min(s[1] for s in spectra)), float(sum(s[-1] for s in spectra))
+
+
+def chi(topology: Topology) -> tuple[float, float] | None:
+    """Return (chi1, chi2) for unit rates, or None."""
+    extremes = extreme_eigenvalues(topology)
+    if extremes is None:
+        return None
+    kind, p = topology.recipe or ("", {})
+    if kind in ("star", "path"):
+        return 1 / extremes[0], 0.5
+    if kind in ("ring", "complete", "hypercube"):  # edge-transitive: m R = n - 1
+        return 1 / extremes[0], (topology.n - 1) / (2 * topology.m)
+    classes = _torus_resistances(p) if kind == "torus" else _grid_resistances(p)
+    if classes is None:
+        return None
+    return 1 / extremes[0], float(0.5 * max(r.max() for r in classes if r.size))
+
+
+def resistances(topology: Topology) -> Vector | None:
+    """Return every edge's resistance `[m]` for unit rates, or None."""
+    kind, _ = topology.recipe or ("", {})
+    if kind in ("star", "path"):
+        return np.ones(topology.m)
+    if kind in ("ring", "complete", "hypercube"):
+        return np.full(topology.m, (topology.n - 1) / topology.m)
+    return None
+
+
+def _factors(kind: str, p: dict[str, Any]) -> list[tuple[str, int]] | None:
+    """The graph as a Cartesian product of rings and paths."""
+    if kind in ("ring", "path"):
+        return [(kind, p["n"])]
+    if kind in ("grid", "torus"):
+        shape = "path" if kind == "grid" else "ring"
+        return [(shape, p["rows"]), (shape, p["columns"])]
+    return [("path", 2)] * p["dim"] if kind == "hypercube" else None
+
+
+def _eigenvalues(shape: str, size: int) -> Vector:
+    """Ascending eigenvalues of a ring or path (a ring of two nodes is one edge)."""
+    k = np.arange(size)
+    if shape == "path" or size <= 2:
+        return 4 * np.sin(np.pi * k / (2 * size)) ** 2
+    return np.sort(4 * np.sin(np.pi * k / size) ** 2)
+
+
+def _torus_resistances(p: dict[str, Any]) -> list[Vector]:
+    """One resistance per direction: `R_d = (1/n) sum_k |1 - e^{i k_d}|^2 / lambda(k)`."""
+    sides = [p["rows"], p["columns"]]
+    gains = [4 * np.sin(np.pi * np.arange(s) / s) ** 2 for s in sides]
+    waves = [g / 2 if s == 2 else g for g, s in zip(gains, sides, strict=True)]
+    total = np.add.outer(*waves)
+    total[0, 0] = np.inf
+    return [np.array([(_along(axis, g) / total).mean()]) for axis, g in enumerate(gains) if sides[axis] > 1]
+
+
+def _along(axis: int, values: Vector) -> NDArray[np.float64]:
+    return values[:, None] if axis == 0 else values[None, :]
+
+
+def _grid_resistances(p: dict[str, Any]) -> list[Vector] | None:
+    """Every edge's resistance, from cosine eigenvectors: squared along one axis, squared differences along the other."""
+    sides = [p["rows"], p["columns"]]
+    if max(sides) > SIDE:
+        return None
+    total = np.add.outer(*[_eigenvalues("path", s) for s in sides])
+    total[0, 0] = np.inf
+    vectors = [_cosines(s) for s in sides]
+    found = []
+    for axis in (0, 1):
+        tables = [np.diff(v, axis=0) ** 2 if a == axis else v**2 for a, v in enumerate(vectors)]
+        found.append(reduce(np.matmul, [tables[0], 1 / total, tables[1].T]))
+    return found
+
+
+def _cosines(size: int) -> NDArray[np.float64]:
+    """Orthonormal eigenvectors of a path, `[size, size]`, one per column."""
+    j, k = np.arange(size)[:, None], np.arange(size)[None, :]
+    norm = np.where(k == 0, 1 / size, 2 / size)
+    return np.sqrt(norm) * np.cos(np.pi * k * (2 * j + 1) / (2 * size))
