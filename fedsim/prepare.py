@@ -135,7 +135,7 @@ def _given_start(scenario: Scenario, problem: Problem, layout: Layout) -> torch.
     if array.shape == (layout.n, problem.dim):
         return torch.from_numpy(np.ascontiguousarray(array[layout.nodes]))
     raise InputError(
-        f"start.value: shape {array.shape} given, [{problem.dim}] (common) or [{layout.n}, {problem.dim}] (per node) needed"
+        f"start.value: shape {array.shape} given, [{problem.dim}] or [{layout.n}, {problem.dim}] (one per node) needed"
     )
 
 
@@ -147,7 +147,7 @@ def _once(shared: dict[str, Any], key: tuple[Any, ...], build: Any) -> Any:
 
 
 def _topology(scenario: Scenario) -> Topology:
-    from fedsim.topology.generators import build
+    from fedsim.topology.build import build
 
     return build(scenario.topology, scenario.base)
 

@@ -89,10 +89,10 @@ class RunSetting:
     @cached_property
     def laplacian_eigenvalues(self) -> tuple[float, float]:
         """Smallest positive and largest eigenvalue of the unweighted Laplacian."""
-        from fedsim.topology.spectral import laplacian_extremes
+        from fedsim.topology.spectral import laplacian_eigenvalues
 
         self.require("this algorithm", "edges")
-        return laplacian_extremes(self.topology)
+        return laplacian_eigenvalues(self.topology)
 
     @cached_property
     def mixing_gap(self) -> float:

@@ -33,7 +33,7 @@ class Dynamics:
         message_gradient: float: `m = message . v + message_gradient * grad f_i^*(...)` when `dual` is set.
         dual: True: the gradient inside message and output is the dual oracle `grad f_i^*(point . v)` (Continuized):
             then `message` is 0, `m = grad f_i^*(point . v)`, and the answer is `grad f_i^*(output . v)`.
-        edge_scale: `[m]` per edge, or None; the part `edge_jump (x) (m_i - m_j) * edge_scale[e]` is added to the gossip jump.
+        edge_scale: `[m]` per edge, or None; `edge_scale[e] * edge_jump (x) (m_i - m_j)` is added to the jump.
         edge_jump: `[k]` or None.
         node_clocks: False: nodes have no gradient clocks of their own (Continuized).
     """

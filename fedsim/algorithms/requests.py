@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Rows:
-    """Annotation of a state field that holds one row per node: `[rows, ...]`."""
+if TYPE_CHECKING:
+    Rows = torch.Tensor
+    Shared = torch.Tensor
+else:
 
+    class Rows:
+        """Annotation of a state field that holds one row per node: `[rows, ...]`."""
 
-class Shared:
-    """Annotation of a state field that is equal on every node: `[1, ...]` (or a number)."""
+    class Shared:
+        """Annotation of a state field that is equal on every node: `[1, ...]` (or a number)."""
 
 
 class Packet(Protocol):
