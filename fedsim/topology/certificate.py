@@ -67,7 +67,7 @@ def _least(function, near: float) -> float:
     low, high = np.log(near) - 4, np.log(near) + 4
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(np.exp(left)), function(np.exp(right))
-    while high - low > 1e-7:
+    while high - low > 1e-5:
         if at_left < at_right:
             high, right, at_right = right, left, at_left
             left = high - ratio * (high - low)
