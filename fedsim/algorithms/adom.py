@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -50,9 +50,8 @@ class ADOMPlus(SyncAlgorithm):
     Reference: Kovalev, Gasanov, Richtarik & Gasnikov, *Lower Bounds and Optimal Algorithms for Smooth and Strongly
     Convex Decentralized Optimization Over Time-Varying Networks*, NeurIPS 2021, Algorithm 1 and section 4.
 
-    Differences from the DADAO authors' code: it draws the starts of y and m at random; here they are 0. The two
-    products with G are counted as two mixings of one round only where they are two: `G p` and `G (yg + zg)` travel
-    in one message of twice the length, counted as one communication per edge, as in that code.
+    Differences from the DADAO authors' code: it draws the starts of y and m at random; here they are 0. `G p` and
+    `G (yg + zg)` travel together: one communication per edge and mixing, as that code counts, of 2 dim numbers.
     """
 
     kind: ClassVar[str] = "adom_plus"
@@ -61,11 +60,11 @@ class ADOMPlus(SyncAlgorithm):
     needs: ClassVar[tuple[str, ...]] = ("L", "mu", "edges")
 
     multi_consensus: bool = False
-    _L: float = 0.0
-    _mu: float = 0.0
-    _chi: float = 0.0
-    _largest: float = 0.0
-    _T: int = 1
+    _L: float = field(default=0.0, init=False, repr=False)
+    _mu: float = field(default=0.0, init=False, repr=False)
+    _chi: float = field(default=0.0, init=False, repr=False)
+    _largest: float = field(default=0.0, init=False, repr=False)
+    _T: int = field(default=1, init=False, repr=False)
 
     def resolve(self, setting: Setting) -> ADOMPlus:
         """Compute chi, T and keep L, mu; refuse mu = 0 and graphs without edges."""
@@ -76,7 +75,7 @@ class ADOMPlus(SyncAlgorithm):
         chi = max(1.0, largest / smallest)
         T = math.ceil(chi * math.log(2) - 1e-12) if self.multi_consensus else 1
         chi = 2.0 if T > 1 else chi
-        return replace(self, _L=setting.L, _mu=setting.mu, _chi=chi, _largest=largest, _T=T)
+        return self.derived(_L=setting.L, _mu=setting.mu, _chi=chi, _largest=largest, _T=T)
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return chi, T and the step sizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -146,6 +147,13 @@ class Algorithm(ABC):
     def resolve(self, setting: Setting) -> Self:
         """Return a copy whose `auto` fields are numbers; refuse by name what the theory lacks."""
         return self
+
+    def derived(self, **values: Any) -> Self:
+        """Return a copy with values that follow from the setting, for `resolve` (fields with `init=False`)."""
+        twin = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(twin, name, value)
+        return twin
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return the derived constants that `check` prints, with formulas (call on a resolved instance)."""

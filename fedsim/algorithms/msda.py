@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -56,9 +56,9 @@ class MSDA(SyncAlgorithm):
     provenance: ClassVar[Provenance] = "paper"
     needs: ClassVar[tuple[str, ...]] = ("L", "mu", "dual", "edges")
 
-    _chebyshev: Chebyshev | None = None
-    _eta: float = 0.0
-    _m: float = 0.0
+    _chebyshev: Chebyshev | None = field(default=None, init=False, repr=False)
+    _eta: float = field(default=0.0, init=False, repr=False)
+    _m: float = field(default=0.0, init=False, repr=False)
 
     def resolve(self, setting: Setting) -> MSDA:
         """Compute eta, m, K and the Chebyshev coefficients; refuse what has no dual gradients."""
@@ -69,7 +69,7 @@ class MSDA(SyncAlgorithm):
         q, root = chebyshev.q, math.sqrt(setting.L / setting.mu)
         eta = setting.mu * (1 + q**2) / (1 + q) ** 2
         m = ((1 + q) * root - 1 + q) / ((1 + q) * root + 1 - q)
-        return MSDA(chebyshev, eta, m)
+        return self.derived(_chebyshev=chebyshev, _eta=eta, _m=m)
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return K, eta, momentum, c2, c3."""
