@@ -1,0 +1,40 @@
+"""What a run has cost so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Counts:
+    """Cumulative costs over all nodes, as they happen; the same on every layout.
+
+    Attributes:
+        gradients, dual_gradients: calls of a node's gradient oracle.
+        samples: per-record gradients.
+        communications: edge activations: one mixing is |E|, a sum over m clients is m up and m down.
+        messages: directed node-to-node payloads, self excluded.
+        bytes: length of their encoded bodies, headers excluded; `bytes_up`, `bytes_down` with a server.
+        exchanges: communication steps that cannot overlap.
+        queries: function values asked for.
+    """
+
+    gradients: int = 0
+    dual_gradients: int = 0
+    samples: int = 0
+    communications: int = 0
+    messages: int = 0
+    bytes: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    exchanges: int = 0
+    queries: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+    def restore(self, saved: dict[str, int]) -> None:
+        """Set the counts to saved ones."""
+        for name, value in saved.items():
+            setattr(self, name, int(value))

@@ -1,0 +1,233 @@
+"""What happens between two events: `v(t + s) = exp(A s) v(t)`, with `exp(A s)` as a sum of modes found once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+SQUARING_ACCURACY = 1e-9
+"""Modes that differ by more from the squared exponential (relative to its largest entry) are not used."""
+_CHECKED_TIMES = (1e-6, 1e-2, 0.3, 1.0, 3.0, 10.0, 30.0)
+_CLUSTER_TOLERANCES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+_TERMS = 14
+
+
+class FlowTable(NamedTuple):
+    """The arrays that `flow_matrix` evaluates.
+
+    Attributes:
+        exponents: float64 `[groups, 2]`, real and imaginary part of an eigenvalue (imaginary part >= 0).
+        powers: int64 `[groups]`, how many powers of t multiply its exponential.
+        modes: float64 `[modes, k, k]`, per group and power one matrix, or two (cosine, sine) where the
+            imaginary part is positive; empty: `exp(A t)` is found by squaring.
+        balanced: float64 `[k, k]`, `D^-1 A D`; zero where nothing flows.
+        scale: float64 `[k]`, the diagonal of D (powers of two).
+    """
+
+    exponents: Matrix
+    powers: NDArray[np.int64]
+    modes: NDArray[np.float64]
+    balanced: Matrix
+    scale: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """`exp(A t)` of one generator A `[k, k]`.
+
+    Attributes:
+        generator: A. still: True where A = 0, so that nothing flows. table: what compiled code evaluates.
+        error: largest difference between modes and squaring over the checked times, relative to max |exp(A t)|.
+    """
+
+    generator: Matrix
+    still: bool
+    table: FlowTable
+    error: float
+
+    @classmethod
+    def of(cls, generator: Matrix) -> Flow:
+        """Find the modes of `exp(A t)`: balance, cluster the eigenvalues, take spectral projectors.
+
+        Raw eigenvectors would not do: DADAO's A has a double eigenvalue 0. Where modes miss the accuracy of
+        squaring (nearly defective A), squaring is kept.
+        """
+        from scipy.linalg import matrix_balance
+
+        generator = np.ascontiguousarray(generator, dtype=np.float64)
+        balanced, (scale, _) = matrix_balance(generator, permute=False, separate=True)
+        squaring = _squaring(np.ascontiguousarray(balanced), np.ascontiguousarray(scale))
+        if not generator.any():
+            return cls(generator, True, squaring, 0.0)
+        tried = [_modes(squaring, tolerance) for tolerance in _CLUSTER_TOLERANCES]
+        errors = [_difference(table, squaring) for table in tried]
+        best = int(np.argmin(errors))
+        if errors[best] > SQUARING_ACCURACY:
+            return cls(generator, False, squaring, 0.0)
+        return cls(generator, False, tried[best], errors[best])
+
+    def at(self, t: float) -> Matrix:
+        """Return `exp(A t)`, `[k, k]`, the very numbers that the players use."""
+        return _evaluate(self.table, t)
+
+
+def _evaluate(table: FlowTable, t: float) -> Matrix:
+    out = np.empty_like(table.balanced)
+    flow_matrix(table, t, out)
+    return out
+
+
+def _difference(table: FlowTable, reference: FlowTable) -> float:
+    """Return max |E - E_ref| / max |E_ref| in balanced coordinates over the checked times."""
+    worst = 0.0
+    weight = reference.scale[None, :] / reference.scale[:, None]
+    for t in _CHECKED_TIMES:
+        exact = _evaluate(reference, t) * weight
+        found = _evaluate(table, t) * weight
+        error = float(np.abs(found - exact).max() / np.abs(exact).max())
+        worst = max(worst, error) if math.isfinite(error) else math.inf
+    return worst
+
+
+def _squaring(balanced: Matrix, scale: NDArray[np.float64]) -> FlowTable:
+    k = len(balanced)
+    return FlowTable(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros((0, k, k)), balanced, scale)
+
+
+def _modes(squaring: FlowTable, tolerance: float) -> FlowTable:
+    """Return the modes for eigenvalues clustered at a relative tolerance."""
+    exponents, powers, modes = [], [], []
+    eigenvalues = np.linalg.eigvals(squaring.balanced)
+    weight = squaring.scale[:, None] / squaring.scale[None, :]
+    for centre, members in _clusters(eigenvalues, tolerance):
+        if centre.imag < 0.0:
+            continue
+        terms = _terms(squaring.balanced, eigenvalues, centre, members)
+        exponents.append((centre.real, centre.imag))
+        powers.append(len(terms))
+        for term in terms:
+            if centre.imag == 0.0:
+                modes.append(term.real * weight)
+            else:
+                modes += [2.0 * term.real * weight, -2.0 * term.imag * weight]
+    return FlowTable(
+        np.array(exponents, dtype=np.float64).reshape(-1, 2),
+        np.array(powers, dtype=np.int64),
+        np.ascontiguousarray(modes),
+        squaring.balanced,
+        squaring.scale,
+    )
+
+
+def _clusters(eigenvalues: NDArray[np.complex128], tolerance: float) -> list[tuple[complex, list[int]]]:
+    """Return (centre, members) of eigenvalues closer than the tolerance; clusters on the real axis get a real centre."""
+    reach = tolerance * float(np.abs(eigenvalues).max())
+    left, clusters = set(range(len(eigenvalues))), []
+    while left:
+        members = [left.pop()]
+        for member in members:
+            near = [j for j in left if abs(eigenvalues[j] - eigenvalues[member]) <= reach]
+            members += near
+            left -= set(near)
+        centre = complex(np.mean(eigenvalues[members]))
+        if abs(centre.imag) <= reach / 2 or abs(centre.imag) <= 1e-14 * abs(centre):
+            centre = complex(centre.real, 0.0)
+        if abs(centre) <= 16 * np.finfo(float).eps * float(np.abs(eigenvalues).max()):
+            centre = 0j
+        clusters.append((centre, members))
+    return clusters
+
+
+def _terms(
+    balanced: Matrix, eigenvalues: NDArray[np.complex128], centre: complex, members: list[int]
+) -> list[NDArray[np.complex128]]:
+    """Return `(A - centre)^j P / j!` for j = 0, 1, ... with P the spectral projector of one cluster."""
+    from scipy.linalg import schur, solve_sylvester
+
+    others = np.delete(eigenvalues, members)
+    inside = eigenvalues[members]
+
+    def belongs(x: complex) -> bool:
+        return len(others) == 0 or np.abs(inside - x).min() < np.abs(others - x).min()
+
+    upper, basis, size = schur(balanced.astype(complex), output="complex", sort=belongs)
+    block, rest = upper[:size, :size], upper[size:, size:]
+    coupling = solve_sylvester(block, -rest, upper[:size, size:]) if 0 < size < len(upper) else upper[:size, size:]
+    left, right = basis[:, :size], np.hstack([np.eye(size), coupling]) @ basis.conj().T
+    terms, power = [left @ right], np.eye(size, dtype=complex)
+    unit = max(float(np.abs(eigenvalues).max()), np.finfo(float).tiny)
+    for j in range(1, len(members)):
+        power = power @ (block - centre * np.eye(size)) / j
+        if np.abs(power).max() <= 1e-13 * unit**j:  # semisimple: what is left of the nilpotent part is rounding
+            break
+        terms.append(left @ power @ right)
+    return terms
+
+
+@njit(cache=True, error_model="numpy")
+def flow_matrix(table: FlowTable, t: float, out: Matrix) -> None:
+    """Write `exp(A t)` into `out [k, k]`."""
+    exponents, powers, modes = table.exponents, table.powers, table.modes
+    k = out.shape[0]
+    if len(powers) == 0:
+        _squared(table.balanced, table.scale, t, out)
+        return
+    flat = out.reshape(k * k)
+    flat[:] = 0.0
+    m = 0
+    for group in range(len(powers)):
+        real = math.exp(exponents[group, 0] * t) if exponents[group, 0] != 0.0 else 1.0
+        angle = exponents[group, 1] * t
+        for _ in range(powers[group]):
+            if exponents[group, 1] == 0.0:
+                _add(flat, real, modes[m].reshape(k * k))
+                m += 1
+            else:
+                _add(flat, real * math.cos(angle), modes[m].reshape(k * k))
+                _add(flat, real * math.sin(angle), modes[m + 1].reshape(k * k))
+                m += 2
+            real *= t
+
+
+@njit(cache=True)
+def _add(out: NDArray[np.float64], factor: float, matrix: NDArray[np.float64]) -> None:
+    for i in range(len(out)):
+        out[i] += factor * matrix[i]
+
+
+@njit(cache=True, error_model="numpy")
+def _squared(balanced: Matrix, scale: NDArray[np.float64], t: float, out: Matrix) -> None:
+    """Write `exp(A t)` by squaring `F = exp - 1`, `F <- 2 F + F^2`, which keeps the digits that `E^2` would lose."""
+    k = out.shape[0]
+    norm = 0.0
+    for i in range(k):
+        norm = max(norm, np.abs(balanced[i]).sum() * abs(t))
+    doublings = max(0, int(math.ceil(math.log2(norm / 0.5)))) if norm > 0.0 else 0
+    step = balanced * (t / 2.0**doublings)
+    f = step / _TERMS
+    for term in range(_TERMS - 1, 0, -1):  # Horner: X/1 (1 + X/2 (1 + X/3 (...)))
+        f = _times(step, f) / term + step / term
+    for _ in range(doublings):
+        f = 2.0 * f + _times(f, f)
+    for i in range(k):
+        for j in range(k):
+            identity = 1.0 if i == j else 0.0
+            out[i, j] = identity + f[i, j] * (scale[i] / scale[j])
+
+
+@njit(cache=True)
+def _times(a: Matrix, b: Matrix) -> Matrix:
+    k = a.shape[0]
+    out = np.zeros((k, k))
+    for i in range(k):
+        for j in range(k):
+            for l in range(k):
+                out[i, j] += a[i, l] * b[l, j]
+    return out
