@@ -1,0 +1,88 @@
+"""Sums over nodes by one fixed binary tree, so that no partition of the nodes changes a bit.
+
+The tree is over positions: its nodes are the aligned intervals `[a 2^h, (a + 1) 2^h)`, cut at n; an interval's sum is
+that of its left half plus that of its right half. A process that holds `lo..hi` reduces it to the sums of at most
+`2 log2(rows)` whole intervals; any process can finish from these.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+
+@njit(cache=True)
+def _level_up(values, lo, count, n):  # pragma: no cover - compiled
+    """Add neighbouring pairs in place: entries `lo..lo+count` of one level (all of it) become those of the next."""
+    first, last = lo // 2, (lo + count - 1) // 2
+    for parent in range(first, last + 1):
+        left, right = 2 * parent, 2 * parent + 1
+        row = parent - first
+        for c in range(values.shape[1]):
+            if right < n:
+                values[row, c] = values[left - lo, c] + values[right - lo, c]
+            else:
+                values[row, c] = values[left - lo, c]
+    return first, last - first + 1
+
+
+def intervals(lo: int, hi: int, n: int) -> list[tuple[int, int]]:
+    """Return the whole tree intervals, as (height, index), that tile positions `lo..hi` of n, left to right."""
+    tiles = []
+    while lo < hi:
+        height = (lo & -lo).bit_length() - 1 if lo else (n - 1).bit_length()
+        while height > 0 and min(lo + (1 << height), n) > hi:
+            height -= 1
+        tiles.append((height, lo >> height))
+        lo = min(lo + (1 << height), n)
+    return tiles
+
+
+def partial_sums(values: NDArray, lo: int, n: int) -> tuple[list[tuple[int, int]], NDArray]:
+    """Return the tiles of `lo..lo+rows` and their sums `[tiles, d]`; `values [rows, d]` at positions from lo."""
+    tiles = intervals(lo, lo + len(values), n)
+    sums = np.empty((len(tiles), values.shape[1]), values.dtype)
+    for place, (height, index) in enumerate(tiles):
+        begin, end = index << height, min((index + 1) << height, n)
+        sums[place] = _interval(values[begin - lo : end - lo], begin, end, height)
+    return tiles, sums
+
+
+def _interval(values: NDArray, begin: int, end: int, height: int) -> NDArray:
+    """Return the sum of one whole interval by its tree."""
+    if height == 0:
+        return values[0]
+    level = values.copy()
+    count, size = len(values), end - begin
+    for _ in range(height):
+        _, count = _level_up(level, 0, count, size)
+        size = count
+        if count == 1:
+            break
+    return level[0]
+
+
+def finish(tiles: list[tuple[int, int]], sums: NDArray, n: int) -> NDArray:
+    """Return the sum over all n positions `[d]` from tiles that cover them once."""
+    known = {tile: sums[i] for i, tile in enumerate(tiles)}
+    return _resolve((n - 1).bit_length(), 0, known, n)
+
+
+def _resolve(height: int, index: int, known: dict[tuple[int, int], NDArray], n: int) -> NDArray:
+    if (height, index) in known:
+        return known[(height, index)]
+    left, right = 2 * index, 2 * index + 1
+    total = _resolve(height - 1, left, known, n)
+    return total if right << (height - 1) >= n else total + _resolve(height - 1, right, known, n)
+
+
+def tree_sum(values: torch.Tensor, lo: int, n: int) -> torch.Tensor:
+    """Return the sum over nodes `[d]` of `values [n, d]` held by one process (`lo` = 0), dtype kept.
+
+    int64 is exact; floats have the error of pairwise summation.
+    """
+    array = values.detach().numpy()
+    tiles, sums = partial_sums(np.ascontiguousarray(array), lo, n)
+    return torch.from_numpy(finish(tiles, sums, n).copy())
