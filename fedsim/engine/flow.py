@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 SQUARING_ACCURACY = 1e-9
-"""Modes that differ by more from the squared exponential (relative to its largest entry) are not used."""
+"""Modes that differ by more from the squared exponential are not used."""
 _CHECKED_TIMES = (1e-6, 1e-2, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CLUSTER_TOLERANCES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 _TERMS = 14
@@ -44,7 +44,7 @@ class Flow:
 
     Attributes:
         generator: A. still: True where A = 0, so that nothing flows. table: what compiled code evaluates.
-        error: largest difference between modes and squaring over the checked times, relative to max |exp(A t)|.
+        error: largest difference between modes and squaring over the checked times, relative to max(1, |exp(A t)|).
     """
 
     generator: Matrix
@@ -85,13 +85,13 @@ def _evaluate(table: FlowTable, t: float) -> Matrix:
 
 
 def _difference(table: FlowTable, reference: FlowTable) -> float:
-    """Return max |E - E_ref| / max |E_ref| in balanced coordinates over the checked times."""
+    """Return max |E - E_ref| / max(1, |E_ref|) in balanced coordinates over the checked times."""
     worst = 0.0
     weight = reference.scale[None, :] / reference.scale[:, None]
     for t in _CHECKED_TIMES:
         exact = _evaluate(reference, t) * weight
         found = _evaluate(table, t) * weight
-        error = float(np.abs(found - exact).max() / np.abs(exact).max())
+        error = float(np.abs(found - exact).max() / max(1.0, np.abs(exact).max()))
         worst = max(worst, error) if math.isfinite(error) else math.inf
     return worst
 
