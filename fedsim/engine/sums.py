@@ -30,7 +30,8 @@ def _level_up(values, lo, count, n):  # pragma: no cover - compiled
 
 def intervals(lo: int, hi: int, n: int) -> list[tuple[int, int]]:
     """Return the whole tree intervals, as (height, index), that tile positions `lo..hi` of n, left to right."""
-    tiles = []
+    tiles: list[tuple[int, int]] = []
+    lo, hi = int(lo), int(hi)
     while lo < hi:
         height = (lo & -lo).bit_length() - 1 if lo else (n - 1).bit_length()
         while height > 0 and min(lo + (1 << height), n) > hi:

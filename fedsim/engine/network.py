@@ -1,0 +1,154 @@
+"""Answers what blocks ask for, and counts what it would cost between hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Sum
+from fedsim.engine.counts import Counts
+from fedsim.engine.layout import Layout
+from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.sums import tree_sum
+from fedsim.errors import RunError, Unsupported
+
+
+class LocalNetwork:
+    """One process that holds all rows.
+
+    Args:
+        layout: which nodes the rows are.
+        blocks: the rows of each block, in order.
+        matrices: sparse `[n, n]` over node numbers, by the name that `Mix` uses.
+        counts: where costs are added.
+    """
+
+    def __init__(self, layout: Layout, blocks: Sequence[slice], matrices: dict[str, Any], counts: Counts) -> None:
+        self._layout, self._blocks, self._counts = layout, blocks, counts
+        self._csr = {name: by_position(matrix, layout.topology) for name, matrix in matrices.items()}
+        self._degrees = layout.topology.degrees[layout.nodes]
+
+    def answer(self, requests: list[Request]) -> list[Any]:
+        """Return each block's answer to its request; all blocks ask for the same thing.
+
+        Raises:
+            RunError: they do not.
+        """
+        self._refuse_disagreement(requests)
+        first = requests[0]
+        if isinstance(first, Mix):
+            return self._mix(requests, first.matrix)
+        if isinstance(first, Gather):
+            return self._gather(requests)
+        if isinstance(first, Sum | Mean):
+            return self._sum(requests, mean=isinstance(first, Mean))
+        raise Unsupported(f"request {type(first).__name__} is not answered by this engine")
+
+    def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
+        if matrix not in self._csr:
+            raise Unsupported(f"Mix: no matrix {matrix!r} here; there are {', '.join(self._csr) or 'none (no edges)'}")
+        offsets, columns, weights = self._csr[matrix]
+        values = [dense(r.v).detach().contiguous() for r in requests]
+        addresses = np.concatenate([addresses_of(v.numpy()) for v in values])
+        self._charge_edges(requests, values)
+        answers = []
+        for rows, v in zip(self._blocks, values, strict=True):
+            out = np.empty((rows.stop - rows.start, v.shape[1]), v.numpy().dtype)
+            mix_rows(rows.start, offsets, columns, weights, addresses, out)
+            answers.append(torch.from_numpy(out))
+        return answers
+
+    def _gather(self, requests: list[Any]) -> list[Gathered]:
+        offsets, columns, _ = self._csr["adjacency"]
+        values = [dense(r.v) for r in requests]
+        self._charge_edges(requests, values)
+        everything = torch.cat(values) if len(values) > 1 else values[0]
+        answers = []
+        for rows in self._blocks:
+            begin, end = offsets[rows.start], offsets[rows.stop]
+            chosen = columns[begin:end]
+            local = offsets[rows.start : rows.stop + 1] - begin
+            answers.append(Gathered(everything[torch.from_numpy(chosen)], local, self._layout.nodes[chosen]))
+        return answers
+
+    def _sum(self, requests: list[Any], mean: bool) -> list[torch.Tensor]:
+        values = torch.cat([dense(r.v) for r in requests])
+        weight = None if requests[0].weight is None else torch.cat([r.weight for r in requests])
+        mask = None if requests[0].rows is None else torch.from_numpy(requests[0].rows[self._layout.nodes])
+        terms = values if weight is None else values * weight[:, None].to(values.dtype)
+        if mask is not None:
+            terms = torch.where(mask[:, None], terms, torch.zeros_like(terms))
+        total = tree_sum(terms, self._layout.lo, self._layout.n)[None]
+        self._charge_sum(requests, values, weight, mask, total)
+        if mean:
+            total = total / self._mass(weight, mask)
+        return [total] * len(requests)
+
+    def _mass(self, weight: torch.Tensor | None, mask: torch.Tensor | None) -> float:
+        if weight is None:
+            return float(self._layout.n if mask is None else int(mask.sum()))
+        kept = weight if mask is None else torch.where(mask, weight, torch.zeros_like(weight))
+        return float(tree_sum(kept[:, None], self._layout.lo, self._layout.n)[0])
+
+    def _charge_edges(self, requests: list[Any], values: list[torch.Tensor]) -> None:
+        sizes = lengths(requests, values)
+        edges = self._layout.topology.m
+        self._counts.communications += edges
+        self._counts.messages += 2 * edges
+        self._counts.bytes += int((self._degrees * sizes).sum())
+        self._counts.exchanges += 1
+
+    def _charge_sum(
+        self,
+        requests: list[Any],
+        values: torch.Tensor,
+        weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        total: torch.Tensor,
+    ) -> None:
+        taking_part = np.ones(len(values), bool) if mask is None else mask.numpy()
+        sending = taking_part if weight is None else taking_part & (weight.numpy() != 0)
+        up, down = int(sending.sum()), int(taking_part.sum())
+        size_up = int(lengths(requests, [dense(r.v) for r in requests])[sending].sum())
+        size_down = down * total.numel() * total.element_size()
+        self._counts.communications += up + down
+        self._counts.messages += up + down
+        self._counts.bytes += size_up + size_down
+        self._counts.bytes_up += size_up
+        self._counts.bytes_down += size_down
+        self._counts.exchanges += 2
+
+    def _refuse_disagreement(self, requests: list[Request]) -> None:
+        kinds = [describe(request) for request in requests]
+        for block, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise RunError(
+                    f"blocks disagree on the next request: block 0 asks for {kinds[0]}, block {block} for {kind};"
+                    " control flow may depend on the round and on shared values, never on rows"
+                )
+
+
+def dense(v: torch.Tensor | Packet) -> torch.Tensor:
+    """Return what everybody computes with: the rows themselves, or a packet's decoded rows."""
+    return v if isinstance(v, torch.Tensor) else v.dense
+
+
+def lengths(requests: list[Any], values: list[torch.Tensor]) -> NDArray[np.int64]:
+    """Return the bytes of each row's body, int64 `[rows]`."""
+    parts = [
+        np.full(len(v), v[0].numel() * v.element_size()) if isinstance(r.v, torch.Tensor) else r.v.lengths()
+        for r, v in zip(requests, values, strict=True)
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def describe(request: Request) -> str:
+    """Return what a request asks for, without its rows: what all blocks and ranks must agree on."""
+    v = getattr(request, "v", None)
+    shape = "" if v is None else f" of {tuple(dense(v).shape[1:])}"
+    matrix = getattr(request, "matrix", "")
+    return f"{type(request).__name__}{f'[{matrix}]' if matrix else ''}{shape}"

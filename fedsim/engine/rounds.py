@@ -1,0 +1,210 @@
+"""The driver of synchronous algorithms: blocks of rows as coroutines, one request at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Coroutine
+from functools import cache
+from typing import Any, Literal, get_type_hints
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsim.algorithms.algorithm import SyncAlgorithm
+from fedsim.algorithms.requests import Rows
+from fedsim.engine.counts import Counts
+from fedsim.engine.layout import Layout
+from fedsim.engine.network import LocalNetwork
+from fedsim.engine.oracle import BlockOracle
+from fedsim.engine.sampling import check
+from fedsim.engine.streams import RoundDraws, Streams
+from fedsim.errors import Diverged, InputError, RunError
+from fedsim.problems.problem import Problem
+
+BLOCK_BYTES = 1 << 20  # of one variable: blocks of this size are fastest, they stay in the second-level cache
+START = 0xFFFFFFFF  # the step of draws made before round 0
+
+
+class Rounds:
+    """Plays a `SyncAlgorithm`. The block size never changes a bit.
+
+    Args:
+        algorithm: resolved. problem: what the nodes own. layout: the rows of this process.
+        matrices: sparse `[n, n]` over node numbers: "W", "laplacian", "adjacency".
+        x0: `[rows, dim]`, position order. seed: of batches and all other draws.
+        block: rows per block, or "auto".
+    """
+
+    def __init__(
+        self,
+        algorithm: SyncAlgorithm,
+        problem: Problem,
+        layout: Layout,
+        matrices: dict[str, Any],
+        x0: torch.Tensor,
+        seed: int,
+        block: int | Literal["auto"] = "auto",
+    ) -> None:
+        self.counts = Counts()
+        self._algorithm, self._layout, self._x0 = algorithm, layout, x0
+        self._streams = Streams(seed)
+        check(getattr(algorithm, "batch", None), problem.records, problem.kind)
+        self._blocks = _blocks(layout.rows, x0, block)
+        self._network = LocalNetwork(layout, self._blocks, matrices, self.counts)
+        nodes = [layout.nodes[rows] for rows in self._blocks]
+        self._oracles = [BlockOracle(problem, own, self._streams, self.counts) for own in nodes]
+        self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
+        self._states: list[Any] = []
+        self._round = 0
+
+    @property
+    def now(self) -> float:
+        """Rounds played."""
+        return float(self._round)
+
+    def start(self) -> None:
+        """Play the algorithm's start; its requests and gradients are charged."""
+        self._states = self._drive(
+            [
+                self._algorithm.start(self._x0[rows], oracle, self._draws(oracle, START))
+                for rows, oracle in zip(self._blocks, self._oracles, strict=True)
+            ]
+        )
+        self._share()
+
+    def advance(self, until: float) -> None:
+        """Play rounds up to number `until`.
+
+        Raises:
+            Diverged: a row is no longer finite.
+        """
+        while self._round + 1 <= until:
+            self._states = self._drive(
+                [
+                    self._algorithm.round(state, self._round, oracle, self._draws(oracle, self._round))
+                    for state, oracle in zip(self._states, self._oracles, strict=True)
+                ]
+            )
+            self._share()
+            self._round += 1
+        self._refuse_divergence()
+
+    def outputs(self) -> torch.Tensor:
+        """Return every node's answer `[rows, dim]`; the observation is not charged."""
+        return torch.cat(
+            [self._algorithm.output(s, oracle) for s, oracle in zip(self._states, self._quiet, strict=True)]
+        ).detach()
+
+    def final(self) -> dict[str, NDArray]:
+        """Return the state's fields: rows `[rows, ...]`, shared values `[1, ...]`."""
+        fields: dict[str, NDArray] = {}
+        for name, is_rows in _fields(type(self._states[0])).items():
+            parts = [getattr(state, name) for state in self._states]
+            if parts[0] is None:
+                continue
+            fields[name] = _as_array(torch.cat(parts) if is_rows else parts[0])
+        return fields
+
+    def save(self) -> dict[str, NDArray]:
+        """Return the state, the round, the number of draws and the counts."""
+        saved = {f"state.{name}": value for name, value in self.final().items()}
+        saved["round"] = np.array([self._round, self._oracles[0].draws])
+        saved.update({f"count.{name}": np.array(value) for name, value in self.counts.as_dict().items()})
+        return saved
+
+    def load(self, saved: dict[str, NDArray]) -> None:
+        """Go back to a saved state."""
+        self._round, draws = (int(v) for v in saved["round"])
+        self.counts.restore({k[6:]: int(v) for k, v in saved.items() if k.startswith("count.")})
+        kinds = _fields(type(self._states[0]))
+        for block, rows in enumerate(self._blocks):
+            self._oracles[block].draws = draws
+            new = {}
+            for name, is_rows in kinds.items():
+                value = saved.get(f"state.{name}")
+                new[name] = None if value is None else self._restored(block, name, value[rows] if is_rows else value)
+            self._states[block] = dataclasses.replace(self._states[block], **new)
+
+    def _restored(self, block: int, name: str, value: NDArray) -> Any:
+        before = getattr(self._states[block], name)
+        if isinstance(before, torch.Tensor) or before is None:
+            return torch.from_numpy(np.ascontiguousarray(value))
+        return type(before)(value.item())
+
+    def _draws(self, oracle: BlockOracle, step: int) -> RoundDraws:
+        return RoundDraws(self._streams, oracle.nodes, step)
+
+    def _drive(self, blocks: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run every block to its next request, answer all, and so on to the end of the round."""
+        answers: list[Any] = [None] * len(blocks)
+        while True:
+            requests, results = [], []
+            for block, answer in zip(blocks, answers, strict=True):
+                try:
+                    requests.append(block.send(answer))
+                except StopIteration as end:
+                    results.append(end.value)
+            if not requests:
+                return results
+            if results:
+                raise RunError(
+                    f"blocks disagree in round {self._round}: {len(results)} of {len(blocks)} ended while others ask on;"
+                    " control flow may depend on the round and on shared values, never on rows"
+                )
+            answers = self._network.answer(requests)
+
+    def _share(self) -> None:
+        """Keep one copy of the shared values, the first block's."""
+        if len(self._states) > 1:
+            for name, is_rows in _fields(type(self._states[0])).items():
+                if not is_rows:
+                    for state in self._states[1:]:
+                        object.__setattr__(state, name, getattr(self._states[0], name))
+
+    def _refuse_divergence(self) -> None:
+        for state, oracle in zip(self._states, self._oracles, strict=True):
+            for name, is_rows in _fields(type(state)).items():
+                value = getattr(state, name)
+                if is_rows and value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
+                    bad = ~value.reshape(len(value), -1).isfinite().all(dim=1)
+                    node = int(oracle.nodes[int(bad.nonzero()[0, 0])])
+                    raise Diverged(
+                        f"{name} of node {node} is no longer finite after round {self._round}: the run diverges."
+                        " Likely a step size too large for this problem's L"
+                    )
+
+
+@cache
+def _fields(state: type) -> dict[str, bool]:
+    """Return the fields of a state class and whether each holds rows.
+
+    Raises:
+        InputError: a field is annotated neither `Rows` nor `Shared`.
+    """
+    from fedsim.algorithms.requests import Shared
+
+    if not dataclasses.is_dataclass(state):
+        raise InputError(f"{state.__name__}: a round must return a dataclass whose fields are annotated Rows or Shared")
+    found = {}
+    for name, hint in get_type_hints(state).items():
+        kinds = getattr(hint, "__args__", (hint,))
+        if Rows not in kinds and Shared not in kinds:
+            raise InputError(f"{state.__name__}.{name}: annotated {hint}; Rows or Shared is needed")
+        found[name] = Rows in kinds
+    return found
+
+
+def _blocks(rows: int, x0: torch.Tensor, block: int | Literal["auto"]) -> list[slice]:
+    if block == "auto":
+        size = max(2, BLOCK_BYTES // max(1, x0.shape[1] * x0.element_size()))
+        size = rows if size * 2 > rows else size
+    else:
+        size = int(block)
+        if size < 1:
+            raise InputError(f"engine.block: {block} rows given, at least 1 (or auto) needed")
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+def _as_array(value: Any) -> NDArray:
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else np.array([value])
