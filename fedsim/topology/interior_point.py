@@ -92,9 +92,9 @@ def _start(topology: Topology, rates: RateSet) -> _Point:
     laplacian = weighted_laplacian(edges, topology)
     second = np.linalg.eigvalsh(laplacian)[1]
     resistance = forms(pseudo_inverse(laplacian), topology).max()
-    scale = 1.3 * np.sqrt(resistance / second)
+    scale = 1.1 * np.sqrt(resistance / second)
     load = ((rates.cover @ arcs) / rates.caps).max()
-    return _Point(topology, rates, scale * arcs, float(np.sqrt(second * resistance)), 1.3 * scale * load)
+    return _Point(topology, rates, scale * arcs, float(np.sqrt(second * resistance)), 1.1 * scale * load)
 
 
 class _Point:
@@ -136,7 +136,7 @@ class _Point:
     def step(self) -> float:
         """Move towards the central path; return the smaller of the primal and dual step lengths."""
         size = self.topology.n - 1 + len(self.p) + len(self.z) + len(self.y)
-        centring = 0.1 if self.last > 0.7 else 0.3
+        centring = min(0.8, max(0.1, 1 - self.last))  # short steps ask for more centring
         mu = centring * self.complementarity / size
         d = _Direction(self, mu)
         primal = self._primal_step(d)
