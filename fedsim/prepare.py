@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     setting = RunSetting(
         problem,
         topology,
-        None if rates is None else rates.per_edge,
+        None if rates is None else rates.rates,
         None if rates is None else rates.chi,
         mixing,
         common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal"),
@@ -163,15 +163,22 @@ def _algorithm(scenario: Scenario) -> Algorithm:
 
 
 def _rates(scenario: Scenario, topology: Topology) -> Rates:
-    from fedsim.topology.rates import scenario_rates
+    """Return the rates of the section; its `scale: theory` (default) sets them to `2 chi1 chi2 = 1`."""
+    from fedsim.topology.rates import build_rates
 
-    return scenario_rates(scenario.rates or {"kind": "uniform"}, topology, scenario.base)
+    section = dict(scenario.rates or {"kind": "uniform"})
+    scale = section.pop("scale", "theory")
+    rates = build_rates(section, topology, scenario.base)
+    if scale == "none":
+        return rates
+    factor = rates.chi.communications
+    return replace(rates, rates=rates.rates * factor, chi=rates.chi.scaled(factor))
 
 
 def _mixing(scenario: Scenario, topology: Topology) -> Any:
-    from fedsim.topology.mixing import mixing_matrix
+    from fedsim.topology.mixing import build_mixing
 
-    return mixing_matrix(scenario.mixing or {"kind": "metropolis"}, topology, scenario.base)
+    return build_mixing(scenario.mixing or {"kind": "metropolis"}, topology, scenario.base)
 
 
 def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
@@ -180,10 +187,19 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
 
     matrices = {}
     if not p.topology.is_server:
-        matrices = {"W": p.setting.mixing, "laplacian": laplacian(p.topology)}
+        lap = laplacian(p.topology)
+        matrices = {"W": p.setting.mixing, "laplacian": lap, "adjacency": _without_diagonal(lap)}
     block = p.scenario.engine.get("block", "auto")
     assert isinstance(p.algorithm, SyncAlgorithm)
     return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block=block)
+
+
+def _without_diagonal(matrix: Any) -> Any:
+    from scipy.sparse import diags_array
+
+    rest = (diags_array(matrix.diagonal()) - matrix).tocsr()
+    rest.eliminate_zeros()
+    return rest
 
 
 def _events(p: Prepared, x0: torch.Tensor) -> Player:

@@ -149,7 +149,7 @@ class Rounds:
                 return results
             if results:
                 raise RunError(
-                    f"blocks disagree in round {self._round}: {len(results)} of {len(blocks)} ended while others ask on;"
+                    f"blocks disagree in round {self._round}: {len(results)} of {len(blocks)} ended, others ask on;"
                     " control flow may depend on the round and on shared values, never on rows"
                 )
             answers = self._network.answer(requests)
