@@ -1,0 +1,133 @@
+"""Every named component on one line: where its class lives and what it is. Nothing is imported here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A component: `module:Class`, and one line for `fedsim list`."""
+
+    path: str
+    summary: str
+
+
+_A, _P, _D, _S = "fedsim.algorithms", "fedsim.problems", "fedsim.problems.data", "fedsim.problems.partition"
+
+KINDS: dict[str, dict[str, Entry]] = {
+    "algorithm": {
+        "dadao": Entry(f"{_A}.dadao:DADAO", "accelerated, asynchronous, gradients and gossip decoupled (events)"),
+        "a2cid2": Entry(f"{_A}.a2cid2:A2CiD2", "asynchronous SGD, gossip accelerated by a second variable (events)"),
+        "gossip_sgd": Entry(f"{_A}.a2cid2:GossipSGD", "asynchronous SGD with pairwise averaging (events)"),
+        "randomised_gossip": Entry(f"{_A}.gossip:RandomisedGossip", "pairwise averaging of the starts (events)"),
+        "accelerated_gossip": Entry(f"{_A}.gossip:AcceleratedGossip", "averaging with a second variable (events)"),
+        "continuized": Entry(f"{_A}.continuized:Continuized", "accelerated in the dual, one clock of edges (events)"),
+        "msda": Entry(f"{_A}.msda:MSDA", "accelerated dual ascent, Chebyshev gossip (rounds)"),
+        "adom_plus": Entry(f"{_A}.adom:ADOMPlus", "accelerated primal method, multi-consensus optional (rounds)"),
+    },
+    "problem": {
+        "least_squares": Entry(f"{_P}.parameters:LeastSquaresParameters", "mean of (a'x - b)^2"),
+        "ridge": Entry(f"{_P}.parameters:RidgeParameters", "least squares with l2"),
+        "logistic": Entry(f"{_P}.parameters:LogisticParameters", "binary logistic regression with l2"),
+        "multinomial": Entry(f"{_P}.parameters:MultinomialParameters", "softmax regression with l2"),
+        "quadratic": Entry(f"{_P}.parameters:QuadraticParameters", "quadratics, given or random with a condition number"),
+        "consensus": Entry(f"{_P}.parameters:ConsensusParameters", "averaging: ||x - b_i||^2 / 2"),
+        "module": Entry(f"{_P}.parameters:ModuleParameters", "a torch.nn.Module with a loss"),
+    },
+    "data": {
+        "breast_cancer": Entry(f"{_D}.known:BreastCancer", "569 x 30, two classes, inside scikit-learn"),
+        "diabetes": Entry(f"{_D}.known:Diabetes", "442 x 10, regression, inside scikit-learn"),
+        "digits": Entry(f"{_D}.known:Digits", "1797 x 64, ten classes, inside scikit-learn"),
+        "iris": Entry(f"{_D}.known:Iris", "150 x 4, three classes, inside scikit-learn"),
+        "wine": Entry(f"{_D}.known:Wine", "178 x 13, three classes, inside scikit-learn"),
+        "adult": Entry(f"{_D}.known:Adult", "48842 x 104, two classes; `fedsim data get adult`"),
+        "bike": Entry(f"{_D}.known:Bike", "17379 x 12, regression; `fedsim data get bike`"),
+        "california_housing": Entry(f"{_D}.known:CaliforniaHousing", "20640 x 8, regression; `fedsim data get ...`"),
+        "fashion_mnist": Entry(f"{_D}.known:FashionMnist", "60000 x 784, ten classes; `fedsim data get ...`"),
+        "mnist": Entry(f"{_D}.known:Mnist", "60000 x 784, ten classes; `fedsim data get mnist`"),
+        "csv": Entry(f"{_D}.files:Csv", "your own CSV table"),
+        "parquet": Entry(f"{_D}.files:Parquet", "your own Parquet table"),
+        "npz": Entry(f"{_D}.files:Npz", "your own NumPy arrays"),
+        "libsvm": Entry(f"{_D}.files:Libsvm", "your own LIBSVM file"),
+        "synthetic_regression": Entry(f"{_D}.synthetic:SyntheticRegression", "linear model, heterogeneity by nodes"),
+        "synthetic_classification": Entry(f"{_D}.synthetic:SyntheticClassification", "softmax model, heterogeneity"),
+        "dadao_regression": Entry(f"{_D}.synthetic:DadaoRegression", "the regression of the DADAO experiments"),
+        "dadao_classification": Entry(f"{_D}.synthetic:DadaoClassification", "the classification of the same"),
+    },
+    "partition": {
+        "iid": Entry(f"{_S}:Iid", "at random, equal sizes"),
+        "sorted": Entry(f"{_S}:Sorted", "by label, in order"),
+        "shards": Entry(f"{_S}:Shards", "a few shards of sorted labels each"),
+        "dirichlet": Entry(f"{_S}:Dirichlet", "each label over the nodes by Dirichlet(alpha)"),
+        "dirichlet_labels": Entry(f"{_S}:DirichletLabels", "each node's labels by Dirichlet(alpha), equal sizes"),
+        "dirichlet_sizes": Entry(f"{_S}:DirichletSizes", "sizes by Dirichlet(alpha), labels at random"),
+        "column": Entry(f"{_S}:Column", "by a column of the data"),
+        "node": Entry(f"{_S}:Node", "as the synthetic data were drawn"),
+    },
+}
+
+GRAPHS = "ring path star complete grid torus hypercube barbell random_geometric random_regular exponential server"
+RATES = "uniform metropolis degree sdp"
+MIXINGS = "metropolis max_degree fdla fastest_mixing"
+
+
+def known(section: str, kind: str) -> Entry:
+    """Return the entry of a kind.
+
+    Raises:
+        InputError: it is not known; says which are.
+    """
+    kinds = KINDS[section]
+    if kind not in kinds:
+        hint = did_you_mean(kind, kinds)
+        raise InputError(
+            f"{section}.kind: {kind!r} is not known{hint}; known: {', '.join(kinds)};"
+            " or your own, as package.module:Class or file.py:Class"
+        )
+    return kinds[kind]
+
+
+def find(section: str, kind: str, base: Path) -> Any:
+    """Return the class behind a registered name, `package.module:Class`, or `file.py:Class` beside the scenario.
+
+    Raises:
+        InputError: there is no such name, module, file or class.
+    """
+    path = kind if ":" in kind else known(section, kind).path
+    module, _, name = path.rpartition(":")
+    try:
+        loaded = _from_file(base / module) if module.endswith(".py") else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{section}.kind: {kind!r}: {error}; give package.module:Class or file.py:Class") from error
+    if not hasattr(loaded, name):
+        names = [n for n in dir(loaded) if not n.startswith("_")]
+        raise InputError(f"{section}.kind: {module} has no {name!r}{did_you_mean(name, names)}")
+    return getattr(loaded, name)
+
+
+def fingerprint(kind: str, base: Path) -> str | None:
+    """Return the SHA-256 of the file behind `file.py:Class`, None for everything else."""
+    module = kind.rpartition(":")[0]
+    return hashlib.sha256((base / module).read_bytes()).hexdigest() if module.endswith(".py") else None
+
+
+def _from_file(file: Path) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; a user's own class is looked for beside the scenario")
+    name = f"_fedsim_user_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
