@@ -66,7 +66,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     topology = live.topology or _once(shared, ("topology", scenario.topology), lambda: _topology(scenario))
     problem = live.problem or _once(
         shared,
-        ("problem", scenario.problem, scenario.problem_seed, topology.n),
+        ("problem", scenario.problem, scenario.data_seed, topology.n),
         lambda: _problem(scenario, topology.n),
     )
     if problem.n != topology.n:
@@ -149,13 +149,13 @@ def _once(shared: dict[str, Any], key: tuple[Any, ...], build: Any) -> Any:
 def _topology(scenario: Scenario) -> Topology:
     from fedsim.topology.build import build
 
-    return build(scenario.topology, scenario.base)
+    return build(scenario.topology, scenario.base, seed=scenario.data_seed)
 
 
 def _problem(scenario: Scenario, n: int) -> Problem:
     from fedsim.problems.build import build
 
-    return build(scenario.problem, n, scenario.problem_seed, scenario.base)
+    return build(scenario.problem, n, scenario.data_seed, scenario.base)
 
 
 def _algorithm(scenario: Scenario) -> Algorithm:

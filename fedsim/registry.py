@@ -39,7 +39,9 @@ KINDS: dict[str, dict[str, Entry]] = {
         "ridge": Entry(f"{_P}.parameters:RidgeParameters", "least squares with l2"),
         "logistic": Entry(f"{_P}.parameters:LogisticParameters", "binary logistic regression with l2"),
         "multinomial": Entry(f"{_P}.parameters:MultinomialParameters", "softmax regression with l2"),
-        "quadratic": Entry(f"{_P}.parameters:QuadraticParameters", "quadratics, given or random with a condition number"),
+        "quadratic": Entry(
+            f"{_P}.parameters:QuadraticParameters", "quadratics, given or random with a condition number"
+        ),
         "consensus": Entry(f"{_P}.parameters:ConsensusParameters", "averaging: ||x - b_i||^2 / 2"),
         "module": Entry(f"{_P}.parameters:ModuleParameters", "a torch.nn.Module with a loss"),
     },

@@ -1,0 +1,93 @@
+"""The sections of a scenario that do not name a registered component, with their keys and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the nodes start.
+
+    Attributes:
+        kind: zeros; normal (a draw per node); common_normal (one draw for all); given; problem (as it says).
+        scale: standard deviation of the draws.
+        value: with `given`: numbers `[dim]`, or a `.npy` file of `[dim]` or `[n, dim]`.
+    """
+
+    kind: Literal["zeros", "normal", "common_normal", "given", "problem"] = "zeros"
+    scale: Positive = 1.0
+    value: list[float] | str | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens when.
+
+    Attributes:
+        kind: rounds (synchronous algorithms) or poisson (asynchronous ones); follows from the algorithm.
+        horizon: number of rounds, or units of virtual time (one gradient per node and unit).
+    """
+
+    horizon: Positive
+    kind: Literal["rounds", "poisson"] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is observed.
+
+    Attributes:
+        every: rounds or units of time between observations.
+        metrics: names; default distance (where the optimum is known), consensus, loss, and the problem's own.
+        output: flowed (all nodes at the time of observation) or lazy (each at its last event).
+        step: step of the proximal gradient mapping in `stationarity`; default 1/L.
+    """
+
+    every: Positive = 1.0
+    metrics: list[str] | None = None
+    output: Literal["flowed", "lazy"] = "flowed"
+    step: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How often the state is saved, in rounds or units of time."""
+
+    every: Positive
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How it is played; none of this changes a bit of the result.
+
+    Attributes:
+        transport: local (auto finds it).
+        block: rows played together, or auto.
+        device: cpu.
+        player: of events: auto, kernel (compiled), waves (batched gradients) or plain (one by one).
+        timeout: seconds after which a silent process ends the job.
+    """
+
+    transport: Literal["auto", "local"] = "auto"
+    block: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    device: Literal["cpu"] = "cpu"
+    player: Literal["auto", "kernel", "waves", "plain"] = "auto"
+    timeout: Positive = 120.0
+
+
+COSTS = ("gradients", "dual_gradients", "samples", "communications", "messages", "bytes", "queries", "seconds")
+METRICS = ("distance", "consensus", "loss", "stationarity")
+
+PLAIN: dict[str, Any] = {
+    "start": Start,
+    "schedule": Schedule,
+    "record": Record,
+    "checkpoint": Checkpoint,
+    "engine": Engine,
+}
