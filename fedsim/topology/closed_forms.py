@@ -92,7 +92,7 @@ def _along(axis: int, values: Vector) -> NDArray[np.float64]:
 
 
 def _grid_resistances(p: dict[str, Any]) -> list[Vector] | None:
-    """Every edge's resistance, from cosine eigenvectors: squared along one axis, squared differences along the other."""
+    """Every edge's resistance, from cosine eigenvectors: squared along one axis, differenced along the other."""
     sides = [p["rows"], p["columns"]]
     if max(sides) > SIDE:
         return None

@@ -92,17 +92,13 @@ def rows(place: Path, least: int, most: int) -> list[tuple[int, list[str]]]:
         if not fields:
             continue
         if not least <= len(fields) <= most:
-            raise InputError(
-                f"{place.name}:{number}: {least} to {most} fields are needed, got {len(fields)}: {line!r}"
-            )
+            raise InputError(f"{place.name}:{number}: {least} to {most} fields are needed, got {len(fields)}: {line!r}")
         table.append((number, fields))
     return table
 
 
 def _near(file: str, base: Path) -> str:
-    names = {
-        p.name for folder in folders(base) if folder.is_dir() for p in folder.iterdir() if p.suffix in READERS
-    }
+    names = {p.name for folder in folders(base) if folder.is_dir() for p in folder.iterdir() if p.suffix in READERS}
     return did_you_mean(file, names)
 
 
@@ -176,13 +172,9 @@ def _adjacency(place: Path, name: str, order: Order) -> Topology:
     except (ValueError, OSError) as error:
         raise InputError(f"topology {place.name!r}: not a .npy array: {error}") from None
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise InputError(
-            f"topology {place.name!r}: a square adjacency matrix is needed, got shape {matrix.shape}"
-        )
+        raise InputError(f"topology {place.name!r}: a square adjacency matrix is needed, got shape {matrix.shape}")
     if not np.isin(matrix, (0, 1)).all():
-        raise InputError(
-            f"topology {place.name!r}: entries must be 0 or 1; give costs or rates in their own file"
-        )
+        raise InputError(f"topology {place.name!r}: entries must be 0 or 1; give costs or rates in their own file")
     if not np.array_equal(matrix, matrix.T):
         raise InputError(f"topology {place.name!r}: the matrix is not symmetric, so the graph is directed")
     return Topology.from_edges(name, len(matrix), np.argwhere(np.triu(matrix)), order=order)
@@ -194,9 +186,7 @@ def _yaml(place: Path, name: str, order: Order) -> Topology:
     if "kind" in content:
         from fedsim.topology.generators import generate
 
-        parameters = {
-            k: v for k, v in content.items() if k not in ("name", "description", "source", "kind", "order")
-        }
+        parameters = {k: v for k, v in content.items() if k not in ("name", "description", "source", "kind", "order")}
         return generate(str(content["kind"]), parameters, name=title, order=content.get("order", order))
     for key in content:
         if key not in YAML_KEYS:

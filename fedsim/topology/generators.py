@@ -120,9 +120,7 @@ SHORT: dict[str, Callable[..., tuple[int, Edges, Layout]]] = {
 }  # fmt: skip
 
 
-def generate(
-    kind: str, parameters: Mapping[str, Any], name: str | None = None, order: Order = "rcm"
-) -> Topology:
+def generate(kind: str, parameters: Mapping[str, Any], name: str | None = None, order: Order = "rcm") -> Topology:
     """Build the graph `kind` (a short name, `server`, or a networkx generator with or without `_graph`).
 
     Raises:
@@ -187,21 +185,15 @@ def bind(kind: str, make: Callable[..., Any], parameters: Mapping[str, Any]) -> 
     for name in parameters:
         if name not in allowed:
             known = ", ".join(allowed) or "no parameters"
-            raise InputError(
-                f"topology {kind}: unknown key {name!r}{did_you_mean(name, allowed)}; it takes {known}"
-            )
+            raise InputError(f"topology {kind}: unknown key {name!r}{did_you_mean(name, allowed)}; it takes {known}")
     signature = inspect.signature(make).parameters
     missing = [p for p in allowed if signature[p].default is inspect.Parameter.empty and p not in parameters]
     missing = [
-        p
-        for p in missing
-        if signature[p].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        p for p in missing if signature[p].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     ]
     if missing:
         raise InputError(f"topology {kind}: {', '.join(missing)} missing; it takes {', '.join(allowed)}")
-    return {
-        name: _typed(kind, name, value, str(signature[name].annotation)) for name, value in parameters.items()
-    }
+    return {name: _typed(kind, name, value, str(signature[name].annotation)) for name, value in parameters.items()}
 
 
 def _server(n: int) -> None:
@@ -211,16 +203,12 @@ def _server(n: int) -> None:
 def _typed(kind: str, name: str, value: Any, wanted: str) -> Any:
     if wanted == "int" and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise InputError(f"topology {kind}: {name} must be an integer, got {value!r}")
-    if wanted == "float" and (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
-    ):
+    if wanted == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
         raise InputError(f"topology {kind}: {name} must be a positive number, got {value!r}")
     return value
 
 
-def _from_networkx(
-    kind: str, make: Callable[..., Any], given: dict[str, Any], title: str, order: Order
-) -> Topology:
+def _from_networkx(kind: str, make: Callable[..., Any], given: dict[str, Any], title: str, order: Order) -> Topology:
     import networkx as nx
 
     try:

@@ -33,11 +33,10 @@ STEPS = 60
 
 @dataclass(frozen=True)
 class Solution:
-    """Rates `[m]` inside the set, the certified lower bound of the optimum, and the steps taken."""
+    """Rates `[m]` inside the set, the certified lower bound of the optimum."""
 
     rates: Vector
     bound: float
-    steps: int
 
 
 def solve(topology: Topology, rates: RateSet, tolerance: float) -> Solution:
@@ -47,8 +46,7 @@ def solve(topology: Topology, rates: RateSet, tolerance: float) -> Solution:
     """
     point = _start(topology, rates)
     best, bound, stalled = _Best(topology, rates), 0.0, 0
-    steps = 0
-    for steps in range(1, STEPS + 1):
+    for _ in range(STEPS):
         moved = point.step()
         stalled = stalled + 1 if moved < 1e-3 else 0
         best.offer(rates.merge @ point.l)
@@ -58,7 +56,7 @@ def solve(topology: Topology, rates: RateSet, tolerance: float) -> Solution:
                 break
         if stalled > 2:
             break
-    return Solution(best.rates, max(bound, point.bound()), steps)
+    return Solution(best.rates, max(bound, point.bound()))
 
 
 class _Best:
@@ -86,7 +84,7 @@ def required(topology: Topology, rates: RateSet, edges: Vector) -> float:
 
 def _start(topology: Topology, rates: RateSet) -> _Point:
     """A strictly feasible point: some steps of the surrogate, mixed with equal rates."""
-    arcs = minimise(topology, rates, WARM, steps=30).arcs
+    arcs = minimise(topology, rates, WARM, steps=30, certify=False).arcs
     arcs = 0.9 * arcs + 0.1 * arcs.mean()
     edges = rates.merge @ arcs
     laplacian = weighted_laplacian(edges, topology)
@@ -183,10 +181,11 @@ class _Direction:
 
     def _newton_matrix(self, K_P: Matrix) -> Matrix:
         """`H`, built in place: three matrices over pairs of edges are alive at once."""
-        from scipy.linalg.blas import dsyrk
+        from scipy.linalg import get_blas_funcs
 
         at = self.at
-        H = dsyrk(1.0, (self.S * np.sqrt(at.p / at.s)).T, trans=1, lower=0)
+        square = get_blas_funcs("syrk", (K_P,))
+        H = square(1.0, (self.S * np.sqrt(at.p / at.s)).T, trans=1, lower=0)
         K_P *= 2 * _gram(at.P @ weighted_laplacian(at.p, at.topology) @ at.P, at)
         H += K_P
         K_X = _gram(at.X, at)
@@ -259,5 +258,7 @@ def _room_psd(matrix: Matrix, change: Matrix) -> float:
     shift = np.trace(matrix) / n / n
     lower = cholesky(matrix + shift, lower=True, check_finite=False)
     half = solve_triangular(lower, change, lower=True, check_finite=False)
-    least = eigh(solve_triangular(lower, half.T, lower=True, check_finite=False), eigvals_only=True, subset_by_index=(0, 0))[0]
+    least = eigh(
+        solve_triangular(lower, half.T, lower=True, check_finite=False), eigvals_only=True, subset_by_index=(0, 0)
+    )[0]
     return -1 / least if least < 0 else np.inf

@@ -44,9 +44,7 @@ def fastest_mixing(topology: Topology) -> Vector:
     return semidefinite.fastest_mixing(topology)
 
 
-KINDS: dict[str, Callable[[Topology], Vector]] = {
-    f.__name__: f for f in (metropolis, max_degree, fdla, fastest_mixing)
-}
+KINDS: dict[str, Callable[[Topology], Vector]] = {f.__name__: f for f in (metropolis, max_degree, fdla, fastest_mixing)}
 SLOW = ("fdla", "fastest_mixing")
 
 
@@ -59,7 +57,9 @@ def build_mixing(spec: Mapping[str, Any], topology: Topology, base: Path | None 
     allowed = ("kind", "lazy", "file")
     for key in spec:
         if key not in allowed:
-            raise InputError(f"mixing: unknown key {key!r}{did_you_mean(str(key), allowed)}; known are {', '.join(allowed)}")
+            raise InputError(
+                f"mixing: unknown key {key!r}{did_you_mean(str(key), allowed)}; known are {', '.join(allowed)}"
+            )
     if "file" in spec:
         return _from_file(str(spec["file"]), topology, base or Path.cwd(), bool(spec.get("lazy", False)))
     return mixing_matrix(topology, spec.get("kind", "metropolis"), lazy=bool(spec.get("lazy", False)))
@@ -156,4 +156,4 @@ def _from_file(file: str, topology: Topology, base: Path, lazy: bool) -> csr_arr
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"mixing: cannot read {file!r}: {error}") from None
     checked(matrix, topology)
-    return checked((0.5 * (matrix + eye_array(topology.n))).tocsr() if lazy else matrix, topology)
+    return checked(csr_array((matrix + eye_array(topology.n)) * 0.5) if lazy else matrix, topology)

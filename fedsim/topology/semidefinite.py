@@ -55,7 +55,7 @@ def solve(topology: Topology, rates: RateSet) -> Solution:
     edges = np.maximum(rates.merge @ np.maximum(_value(arcs), 0), 1e-12 * float(_value(g)))
     pinv = pseudo_inverse(weighted_laplacian(edges, topology))
     bound = lower_bound(topology, rates, _dual(connected), _dual(near), pinv)
-    return Solution(edges / rates.gauge(edges), bound, 0)
+    return Solution(edges / rates.gauge(edges), bound)
 
 
 def fdla(topology: Topology) -> Vector:
@@ -80,7 +80,7 @@ def _fastest(topology: Topology, nonnegative: bool) -> Vector:
         )
     weights, norm = cp.Variable(topology.m, nonneg=nonnegative), cp.Variable()
     moved = np.eye(n) - 1 / n - _laplacian(topology, weights)
-    constraints = [moved << norm * np.eye(n), moved >> -norm * np.eye(n)]
+    constraints: list[cp.Constraint] = [moved << norm * np.eye(n), moved >> -norm * np.eye(n)]
     if nonnegative:
         touches = np.abs(_incidence(topology))
         constraints.append(touches @ weights <= 1)

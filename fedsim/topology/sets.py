@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology.topology import Topology
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
 Vector = NDArray[np.float64]
+Sparse = Any  # a scipy.sparse.csr_array; scipy brings no types
 SetKind = Literal["total", "node_rate", "node_bandwidth"]
 
 
@@ -39,8 +37,8 @@ class RateSet:
     kind: SetKind
     costs: Vector
     caps: Vector
-    cover: csr_array
-    merge: csr_array
+    cover: Sparse
+    merge: Sparse
 
     @property
     def arcs(self) -> int:
@@ -134,7 +132,7 @@ def _caps(topology: Topology, count: int, given: float | Vector | None) -> Vecto
     return np.broadcast_to(caps, (count,)).astype(float)
 
 
-Cover = tuple["csr_array", "csr_array"]
+Cover = tuple[Sparse, Sparse]
 
 
 def _total(topology: Topology, costs: Vector) -> Cover:

@@ -7,8 +7,9 @@ the edges that fire.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,8 @@ from fedsim.errors import InputError
 from fedsim.topology import closed_forms
 from fedsim.topology.topology import Topology
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
-
 Vector = NDArray[np.float64]
+Sparse = Any  # a scipy.sparse.csr_array; scipy brings no types
 DENSE = 2000  # nodes up to which eigenvalues and resistances are computed from dense matrices
 FACTORED = 10_000  # nodes up to which a sparse factorisation is tried for a certified bound
 
@@ -43,7 +42,7 @@ class Chi:
         return Chi(self.chi1 / factor, self.chi2 / factor, self.exact)
 
 
-def laplacian(topology: Topology, rates: Vector | None = None) -> csr_array:
+def laplacian(topology: Topology, rates: Vector | None = None) -> Sparse:
     """Return `Lam` `[n, n]` over node numbers, sparse float64 (unit rates when none are given)."""
     from scipy.sparse import coo_array
 
@@ -105,7 +104,7 @@ class Spectrum:
     @property
     def eigenvalues(self) -> Vector:
         """float64 `[n]`, ascending; the first is 0 to rounding."""
-        return np.linalg.eigvalsh(self.matrix)
+        return np.asarray(np.linalg.eigvalsh(self.matrix), dtype=float)
 
     @property
     def chi1(self) -> float:
@@ -127,14 +126,15 @@ class Spectrum:
 
 def pseudo_inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return `Lam^+` of a connected Laplacian `[n, n]` by one Cholesky factorisation."""
-    from scipy.linalg import lapack
+    from scipy.linalg import get_lapack_funcs
 
+    factorise, invert = get_lapack_funcs(("potrf", "potri"), (matrix,))
     n = len(matrix)
     shift = matrix.diagonal().mean() / n
-    lower, info = lapack.dpotrf(matrix + shift, lower=1, overwrite_a=1)
+    lower, info = factorise(matrix + shift, lower=1, overwrite_a=1)
     if info:
         raise np.linalg.LinAlgError("the Laplacian is not positive definite on the zero-sum subspace")
-    inverse, _ = lapack.dpotri(lower, lower=1, overwrite_c=1)
+    inverse, _ = invert(lower, lower=1, overwrite_c=1)
     inverse = np.tril(inverse) + np.tril(inverse, -1).T
     return inverse - 1 / (shift * n * n)
 
@@ -171,16 +171,17 @@ def laplacian_eigenvalues(topology: Topology) -> tuple[float, float]:
     return _second_smallest(matrix), _largest(matrix)
 
 
-def mixing_gap(matrix: csr_array) -> float:
+def mixing_gap(matrix: Sparse) -> float:
     """Return the spectral gap `1 - max(|lambda_2|, |lambda_n|)` of a symmetric stochastic matrix `[n, n]`."""
     n = matrix.shape[0]
     if n <= DENSE:
         eigenvalues = np.linalg.eigvalsh(matrix.toarray() - 1 / n)
         return float(1 - np.abs(eigenvalues).max())
-    from scipy.sparse.linalg import LinearOperator, eigsh
 
-    deflated: Any = LinearOperator((n, n), matvec=lambda x: matrix @ x.ravel() - x.mean(), dtype=float)  # type: ignore[call-arg]
-    return float(1 - np.abs(eigsh(deflated, k=1, v0=_start(n), return_eigenvectors=False, tol=1e-8)).max())
+    def deflated(x: Vector) -> Vector:
+        return matrix @ x.ravel() - x.mean()
+
+    return float(1 - abs(_extreme(deflated, n, "LM", 1e-8)))
 
 
 def algebraic_connectivity_bound(topology: Topology, rates: Vector) -> float:
@@ -217,7 +218,7 @@ def resistance_bounds(topology: Topology, rates: Vector) -> Vector:
     return bounds
 
 
-def _detours(adjacency: csr_array, u: int, v: int) -> float:
+def _detours(adjacency: Sparse, u: int, v: int) -> float:
     start, stop = adjacency.indptr, adjacency.indices
     a, b = slice(start[u], start[u + 1]), slice(start[v], start[v + 1])
     _, i, j = np.intersect1d(stop[a], stop[b], assume_unique=True, return_indices=True)
@@ -231,17 +232,31 @@ def _start(n: int) -> Vector:
     return start - start.mean()
 
 
-def _largest(matrix: csr_array) -> float:
-    from scipy.sparse.linalg import eigsh
+def _extreme(apply: Callable[[Vector], Vector], n: int, which: str, tolerance: float) -> float:
+    """The largest eigenvalue (`LA`, or `LM` in magnitude) of a symmetric operator, by Lanczos."""
+    from scipy.sparse import linalg
 
-    return float(eigsh(matrix, k=1, which="LA", v0=_start(matrix.shape[0]), return_eigenvectors=False, tol=1e-8)[0])
+    lanczos: Any = linalg.eigsh
+    operator: Any = linalg.LinearOperator
+    found = lanczos(
+        operator((n, n), matvec=apply, dtype=float),
+        k=1,
+        which=which,
+        v0=_start(n),
+        return_eigenvectors=False,
+        tol=tolerance,
+    )
+    return float(found[0])
 
 
-def _second_smallest(matrix: csr_array) -> float:
+def _largest(matrix: Sparse) -> float:
+    return _extreme(lambda x: matrix @ x.ravel(), matrix.shape[0], "LA", 1e-8)
+
+
+def _second_smallest(matrix: Sparse) -> float:
     """`lambda_2` by Lanczos on the inverse of the Laplacian grounded at node 0 (projected on zero-sum)."""
-    from scipy.sparse.linalg import LinearOperator, eigsh, splu
+    from scipy.sparse.linalg import splu
 
-    n = matrix.shape[0]
     solver = splu(matrix[1:, 1:].tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
 
     def apply(x: Vector) -> Vector:
@@ -249,11 +264,10 @@ def _second_smallest(matrix: csr_array) -> float:
         y = np.concatenate([[0.0], solver.solve(x[1:])])
         return y - y.mean()
 
-    inverse: Any = LinearOperator((n, n), matvec=apply, dtype=float)  # type: ignore[call-arg]
-    return float(1 / eigsh(inverse, k=1, which="LA", v0=_start(n), return_eigenvectors=False, tol=1e-10)[0])
+    return 1 / _extreme(apply, matrix.shape[0], "LA", 1e-10)
 
 
-def _negative_pivots(matrix: csr_array, shift: float) -> int:
+def _negative_pivots(matrix: Sparse, shift: float) -> int:
     """Number of eigenvalues below `shift`, or -1 where the factorisation had to leave the diagonal."""
     from scipy.sparse import eye_array
     from scipy.sparse.linalg import splu

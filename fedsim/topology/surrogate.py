@@ -1,8 +1,12 @@
 """A smooth stand-in for `sqrt(2 chi1 chi2)`: p-norms in place of maxima, minimised by L-BFGS.
 
-It starts the interior point, and replaces it beyond some 4,000 edges, where matrices over pairs of edges
-no longer fit: an evaluation costs one eigendecomposition `O(n^3)` and `O(m)`. Rates are `exp(theta)`; the
-set enters through the p-norm of its gauge, so the objective does not depend on the scale of the rates.
+An evaluation costs one eigendecomposition `O(n^3)` and `O(m)`: it starts the interior point, and replaces it
+on graphs with many edges per node, where matrices over pairs of edges are dear or no longer fit. The set
+enters through the p-norm of its gauge, so the objective does not depend on the scale of the rates.
+
+Where `p` is moderate the weights of the p-norms are the dual optimum of a nearby problem, so every stage
+certifies a lower bound. This needs the rates themselves as variables, bounded below: in `log` variables
+(softmax) a rate near zero hardly moves, the weights stay far from dual feasible, and bounds are 30 % off.
 """
 
 from __future__ import annotations
@@ -18,18 +22,21 @@ from fedsim.topology.topology import Topology
 
 Vector = NDArray[np.float64]
 WARM = (4.0, 16.0)
+FLOOR = 1e-9  # least rate of an arc, in units of their mean
 FULL = (4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
 
 
 @dataclass(frozen=True)
 class Smooth:
-    """Arc rates inside the set, and the lower bound that the surrogate's own weights certify."""
+    """Arc rates inside the set, and the best lower bound that the stages' weights certify."""
 
     arcs: Vector
     bound: float
 
 
-def minimise(topology: Topology, rates: RateSet, powers: tuple[float, ...] = FULL, steps: int = 200) -> Smooth:
+def minimise(
+    topology: Topology, rates: RateSet, powers: tuple[float, ...] = FULL, steps: int = 300, certify: bool = True
+) -> Smooth:
     """Follow the p-norm surrogate through growing powers and return the arcs reached.
 
     Args:
@@ -37,27 +44,27 @@ def minimise(topology: Topology, rates: RateSet, powers: tuple[float, ...] = FUL
         rates: the affordable set.
         powers: the p of each stage; the larger, the closer to the true maxima.
         steps: L-BFGS iterations per stage at most.
+        certify: also compute the lower bound (else it is 0).
     """
     from scipy.optimize import minimize
 
-    theta = np.zeros(rates.arcs)
+    arcs, bound = np.ones(rates.arcs), 0.0
     for power in powers:
         found = minimize(
             _value_and_slope,
-            theta,
+            arcs,
             args=(topology, rates, power),
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": steps, "maxcor": 20},
+            bounds=[(FLOOR, None)] * rates.arcs,
+            options={"maxiter": steps, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-9},
         )
-        theta = found.x - found.x.max()
-    arcs = np.exp(theta)
-    arcs = arcs / ((rates.cover @ arcs) / rates.caps).max()
-    return Smooth(arcs, _bound(topology, rates, arcs, powers))
+        arcs = np.maximum(found.x / found.x.mean(), FLOOR)
+        bound = max(bound, _bound(topology, rates, arcs, power)) if certify else bound
+    return Smooth(arcs / ((rates.cover @ arcs) / rates.caps).max(), bound)
 
 
-def _value_and_slope(theta: Vector, topology: Topology, rates: RateSet, power: float) -> tuple[float, Vector]:
-    arcs = np.exp(theta - theta.max())
+def _value_and_slope(arcs: Vector, topology: Topology, rates: RateSet, power: float) -> tuple[float, Vector]:
     values, vectors, inverse = decompose(topology, rates.merge @ arcs)
     slow, q = _soft_max(-np.log(values), power)
     resistances = forms(inverse, topology)
@@ -67,8 +74,7 @@ def _value_and_slope(theta: Vector, topology: Topology, rates: RateSet, power: f
     by_edge = -0.5 * forms((vectors * (q / values)) @ vectors.T, topology)
     lap = weighted_laplacian(r / resistances, topology)
     by_edge -= 0.5 * forms(inverse @ lap @ inverse, topology)
-    slope = rates.merge.T @ by_edge + rates.cover.T @ (k / load / rates.caps)
-    return 0.5 * slow + 0.5 * far + heavy, slope * arcs
+    return 0.5 * slow + 0.5 * far + heavy, rates.merge.T @ by_edge + rates.cover.T @ (k / load / rates.caps)
 
 
 def decompose(topology: Topology, weights: Vector) -> tuple[Vector, NDArray[np.float64], NDArray[np.float64]]:
@@ -88,13 +94,9 @@ def _soft_max(logs: Vector, power: float) -> tuple[float, Vector]:
     return float(top + np.log(total) / power), weights / total
 
 
-def _bound(topology: Topology, rates: RateSet, arcs: Vector, powers: tuple[float, ...]) -> float:
-    """The best certificate among the weights that the powers give at the end point."""
+def _bound(topology: Topology, rates: RateSet, arcs: Vector, power: float) -> float:
+    """The certificate that the p-norms' own weights give at the end of a stage."""
     values, vectors, inverse = decompose(topology, rates.merge @ arcs)
-    resistances = forms(inverse, topology)
-    bounds = []
-    for power in powers:
-        _, q = _soft_max(-np.log(values), power)
-        _, r = _soft_max(np.log(resistances), power)
-        bounds.append(lower_bound(topology, rates, (vectors * q) @ vectors.T, r, inverse))
-    return max(bounds)
+    _, q = _soft_max(-np.log(values), power)
+    _, r = _soft_max(np.log(forms(inverse, topology)), power)
+    return lower_bound(topology, rates, (vectors * q) @ vectors.T, r, inverse)
