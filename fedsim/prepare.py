@@ -114,12 +114,12 @@ def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Te
         one = streams.normal("start", np.zeros(1, np.int64), 0, problem.dim) * scale
         return torch.from_numpy(np.repeat(one, layout.rows, axis=0)).to(dtype)
     if kind == "problem":
-        value = problem.facts().get("start")
-        if value is None:
+        own = problem.start(layout.nodes)
+        if own is None:
             raise InputError(
                 f"start.kind: 'problem' needs a problem that knows where to start; {problem.kind!r} does not"
             )
-        return torch.as_tensor(np.asarray(value), dtype=dtype).expand(shape).clone()
+        return own.to(dtype)
     return _given_start(scenario, problem, layout).to(dtype)
 
 

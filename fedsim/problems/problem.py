@@ -110,6 +110,10 @@ class Problem(ABC):
         """Return the unique minimiser `[dim]` to 1e-12, or None where it is not unique or not known."""
         return None
 
+    def start(self, nodes: Nodes) -> torch.Tensor | None:
+        """Return where the problem itself would start each row, `[rows, dim]`, or None: it does not say."""
+        return None
+
     def compiled(self, nodes: Nodes) -> CompiledObjective | None:
         """Return the compiled gradient over these nodes' data, or None: then events use `gradient` in batches."""
         return None

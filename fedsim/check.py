@@ -1,0 +1,144 @@
+"""What a scenario stands on, computed before anything is run: constants, hyper-parameters, expected cost, guarantee."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsim.prepare import Prepared
+    from fedsim.scenario import Study
+
+
+def check(
+    scenario: str | Path | dict[str, Any] | Study,
+    *,
+    overrides: Sequence[str] = (),
+    short: bool = False,
+    precision: float = 1e-6,
+) -> list[dict[str, Any]]:
+    """Validate a scenario and return, per variant, what its runs stand on.
+
+    Args:
+        precision: the relative precision that expected costs are stated for.
+
+    Raises:
+        InputError: the scenario cannot be run.
+    """
+    from fedsim.engine.machine import prepare as prepare_machine
+    from fedsim.prepare import prepare
+    from fedsim.scenario import Study, load_study
+
+    prepare_machine()
+    study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
+    shared: dict[str, Any] = {}
+    first = {run.variant: run for run in reversed(study.runs)}
+    return [describe(prepare(first[name], shared=shared), precision) for name in dict.fromkeys(r.variant for r in study.runs)]
+
+
+def describe(p: Prepared, precision: float) -> dict[str, Any]:
+    """Return the facts of one prepared run as plain data."""
+    from fedsim.prepare import provenance
+
+    s = p.setting
+    guarantee = p.algorithm.guarantee(s)
+    facts: dict[str, Any] = {
+        "variant": p.scenario.variant,
+        "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
+        "problem": {"kind": p.problem.kind, "dim": p.problem.dim, "L": s.L, "mu": s.mu},
+        **provenance(p.algorithm),
+        "constants": [asdict(c) for c in p.algorithm.constants(s)],
+        "warnings": _warnings(p),
+    }
+    if p.rates is not None:
+        facts["rates"] = {
+            "kind": p.rates.kind,
+            "communications": float(p.rates.rates.sum()),
+            "chi1": s.chi1,
+            "chi2": s.chi2,
+            "exact": s.chi.exact,
+            "gap": p.rates.gap,
+        }
+    elif s.mixing is not None:
+        facts["mixing"] = {"spectral_gap": s.mixing_gap}
+    if guarantee is not None:
+        facts["guarantee"] = asdict(guarantee)
+        facts["expected"] = _expected(p, guarantee.rate, guarantee.prefactor, precision)
+    return facts
+
+
+def _expected(p: Prepared, rate: float, prefactor: float, precision: float) -> dict[str, float]:
+    """Return time, gradients and communications after which the bound is below `precision` of the start."""
+    time = math.log(prefactor / precision) / rate
+    per_time = 0.0 if p.rates is None else float(p.rates.rates.sum())
+    nodes = p.topology.n if getattr(p.algorithm, "needs", ()) != ("rates",) else 0
+    return {
+        "precision": precision,
+        "time": time,
+        "gradients": time * nodes,
+        "communications": time * per_time,
+    }
+
+
+def _warnings(p: Prepared) -> list[str]:
+    from fedsim.algorithms.algorithm import SyncAlgorithm
+
+    found = []
+    if p.problem.mu is not None and p.setting.mu == 0:
+        found.append("mu = 0: linear rates of the theory are void for this problem")
+    if p.problem.L is None:
+        found.append("L is unknown: step sizes are yours to choose")
+    if not isinstance(p.algorithm, SyncAlgorithm) and p.rates is not None and not p.setting.chi.exact:
+        found.append("chi1, chi2 are certified upper bounds at this size, not exact values")
+    return found
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """Return the facts of one variant as lines for a terminal."""
+    t, q = facts["topology"], facts["problem"]
+    head = f"variant {facts['variant']}" if facts["variant"] else "scenario"
+    lines = [
+        f"{head}: {facts['algorithm']} ({facts['paper']}; {facts['provenance']})",
+        f"  topology   {t['name']}: {t['n']} nodes, {t['edges']} edges",
+        f"  problem    {q['kind']}, dim {q['dim']}, L = {_number(q['L'])}, mu = {_number(q['mu'])}{_condition(q)}",
+    ]
+    if "rates" in facts:
+        r = facts["rates"]
+        gap = "" if r["gap"] is None else f", certified gap {r['gap']:.1e}"
+        exact = "" if r["exact"] else " (upper bounds)"
+        lines.append(
+            f"  rates      {r['kind']}: {r['communications']:.6g} communications per unit of time,"
+            f" chi1 = {r['chi1']:.6g}, chi2 = {r['chi2']:.6g}{exact}{gap}"
+        )
+    if "mixing" in facts:
+        lines.append(f"  mixing     spectral gap {facts['mixing']['spectral_gap']:.6g}")
+    width = max((len(c["name"]) for c in facts["constants"]), default=0)
+    lines += [f"  {c['name']:<{width}} = {c['value']:<14.8g} {c['formula']}" for c in facts["constants"]]
+    if "guarantee" in facts:
+        lines += _guarantee_lines(facts["guarantee"], facts["expected"])
+    return "\n".join(lines + [f"  note: {text}" for text in facts["warnings"]])
+
+
+def _guarantee_lines(g: dict[str, Any], e: dict[str, float]) -> list[str]:
+    lines = [
+        f"  guarantee  {g['metric']}(t) <= {g['prefactor']:.4g} * {g['metric']}(0) * exp(-{g['rate']:.6g} t)   [{g['source']}]",
+        f"             rate {g['rate']:.6g} per unit of time, prefactor {g['prefactor']:.4g}",
+    ]
+    if g["broken"]:
+        lines.append(f"             rate only, since {'; '.join(g['broken'])}")
+    return [
+        *lines,
+        f"  expected   to {e['precision']:.0e} of the start, by this bound: time {e['time']:.4g},"
+        f" {e['gradients']:.4g} gradients, {e['communications']:.4g} communications",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.6g}"
+
+
+def _condition(q: dict[str, Any]) -> str:
+    return f", L/mu = {q['L'] / q['mu']:.4g}" if q["L"] and q["mu"] else ""

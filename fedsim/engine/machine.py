@@ -1,0 +1,51 @@
+"""What is set before the first operation, so that results do not depend on the machine's mood."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+@cache
+def prepare() -> dict[str, Any]:
+    """Fix what changes bits or speed: one torch thread, strict MKL, memory kept by the process.
+
+    Returns:
+        What was set and found, for `run.json`. `MKL_CBWR` must precede MKL's first call: where torch was used
+        before, it is only recorded. `FEDSIM_THREADS` gives torch more threads (and may change bits).
+    """
+    mkl = os.environ.setdefault("MKL_CBWR", f"{_instruction_set()},STRICT")
+    import torch
+
+    threads = int(os.environ.get("FEDSIM_THREADS", "1"))
+    torch.set_num_threads(threads)
+    return {
+        "threads": threads,
+        "mkl_cbwr": mkl,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "memory_kept": _keep_memory(),
+    }
+
+
+def _instruction_set() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "AVX512" if "avx512f" in file.read() else "AVX2"
+    except OSError:
+        return "AVX2"
+
+
+def _keep_memory() -> bool:
+    """Let freed memory stay with the process: fresh pages cost more than the arithmetic on them (glibc only)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**30))
+    except (OSError, AttributeError):
+        return False

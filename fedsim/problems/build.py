@@ -1,0 +1,142 @@
+"""From a scenario's `problem` section to a Problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsim import registry
+from fedsim.errors import InputError
+from fedsim.problems.parameters import (
+    ConsensusParameters,
+    LogisticParameters,
+    ModuleParameters,
+    MultinomialParameters,
+    QuadraticParameters,
+    RidgeParameters,
+)
+from fedsim.problems.problem import Problem
+
+if TYPE_CHECKING:
+    from fedsim.problems.data.table import Data
+
+
+def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
+    """Return the problem of `{kind, data, partition, ...}` for n nodes.
+
+    A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with the class method
+    `from_scenario(parameters: dict, n: int, seed: int, base: Path)`, which gets the section without `kind`.
+
+    Raises:
+        InputError: a key, the data or the partition cannot be used.
+    """
+    section = dict(spec)
+    kind = str(section.pop("kind"))
+    cls = registry.find("problem", kind, base)
+    if ":" in kind:
+        return _own(cls, kind, section, n, seed, base)
+    data_spec, partition_spec = section.pop("data", None), section.pop("partition", None)
+    if not cls.needs_data:
+        for name, given in (("data", data_spec), ("partition", partition_spec)):
+            if given is not None:
+                raise InputError(f"problem.{name}: {kind} makes its own objectives; leave {name} out")
+        return _made(_parameters(cls, section), n, seed)
+    if data_spec is None:
+        raise InputError(f"problem.data: missing; {kind} needs records, such as data: {{kind: breast_cancer}}")
+    data, parts = _split(data_spec, partition_spec, n, seed, base)
+    return _from_records(kind, _parameters(cls, section), data, parts, seed, base)
+
+
+def _parameters(cls: type, values: dict[str, Any]) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"problem.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _split(
+    data_spec: dict[str, Any], partition_spec: dict[str, Any] | None, n: int, seed: int, base: Path
+) -> tuple[Data, list[np.ndarray]]:
+    from fedsim.problems.data.sources import load
+    from fedsim.problems.partition import partition
+
+    data = load(data_spec, base, n=n, seed=seed)
+    default = "node" if "node" in data.columns and str(data_spec["kind"]).startswith(("synthetic", "dadao")) else "iid"
+    return data, partition(data, n, partition_spec or {"kind": default}, seed=seed)
+
+
+def _from_records(kind: str, p: Any, data: Data, parts: list[np.ndarray], seed: int, base: Path) -> Problem:
+    if isinstance(p, ModuleParameters):
+        return _module(p, data, parts, seed, base)
+    if isinstance(p, LogisticParameters):
+        from fedsim.problems.logistic import Logistic
+
+        return Logistic(data, parts, p.l2, p.weights)
+    if isinstance(p, MultinomialParameters):
+        from fedsim.problems.logistic import Multinomial
+
+        return Multinomial(data, parts, p.l2, p.weights)
+    from fedsim.problems.least_squares import LeastSquares
+
+    return LeastSquares(data, parts, p.l2 if isinstance(p, RidgeParameters) else 0.0, p.weights, kind)
+
+
+def _module(p: ModuleParameters, data: Data, parts: list[np.ndarray], seed: int, base: Path) -> Problem:
+    from fedsim.problems.module import ModuleProblem, initialise, mlp
+
+    loss = p.loss or ("mean_square" if data.task == "regression" else "cross_entropy")
+    outputs = 1 if loss == "mean_square" else len(data.classes)
+    own_seed = seed if p.seed is None else p.seed
+    features = data.features.shape[1]
+    if p.model == "mlp":
+        model = mlp(features, outputs, list(p.hidden), own_seed)
+    else:
+        import torch
+
+        with torch.random.fork_rng():
+            model = registry.find("problem", p.model, base)(features, outputs)
+        initialise(model, own_seed)
+    return ModuleProblem(model, data, parts, loss, p.l2, p.weights)
+
+
+def _made(p: Any, n: int, seed: int) -> Problem:
+    from fedsim.problems.data.draws import generator
+    from fedsim.problems.quadratic import Consensus, Quadratic, random_quadratic
+
+    rng = generator(seed if p.seed is None else p.seed, "problem")
+    if isinstance(p, ConsensusParameters):
+        values = rng.standard_normal((n, p.dim)) if p.values is None else np.asarray(p.values, dtype=np.float64)
+        _refuse_shape("values", values, (n,))
+        return Consensus(np.ascontiguousarray(values))
+    assert isinstance(p, QuadraticParameters)
+    if p.centres is None and p.curvatures is None:
+        return random_quadratic(n, p.dim, p.condition, p.heterogeneity, p.shape == "diagonal", rng)
+    if p.centres is None:
+        raise InputError("problem.centres: missing; given curvatures need given centres ([n][dim])")
+    centres = np.asarray(p.centres, dtype=np.float64)
+    _refuse_shape("centres", centres, (n,))
+    curvatures = np.ones_like(centres) if p.curvatures is None else np.asarray(p.curvatures, dtype=np.float64)
+    curvatures = np.repeat(curvatures[:, None], centres.shape[1], axis=1) if curvatures.ndim == 1 else curvatures
+    return Quadratic(curvatures, centres)
+
+
+def _refuse_shape(name: str, values: np.ndarray, leading: tuple[int, ...]) -> None:
+    if values.ndim != 2 or values.shape[:1] != leading:
+        raise InputError(f"problem.{name}: shape {values.shape} given, [{leading[0]}][dim] needed (one row per node)")
+
+
+def _own(cls: Any, kind: str, section: dict[str, Any], n: int, seed: int, base: Path) -> Problem:
+    if not hasattr(cls, "from_scenario"):
+        raise InputError(f"problem.kind: {kind}: needs the class method from_scenario(parameters, n, seed, base)")
+    problem = cls.from_scenario(section, n, seed, base)
+    if not isinstance(problem, Problem):
+        raise InputError(
+            f"problem.kind: {kind}: from_scenario returned {type(problem).__name__}, a fedsim Problem is needed"
+        )
+    return problem

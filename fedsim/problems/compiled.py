@@ -1,0 +1,163 @@
+"""Objectives whose gradient is one compiled function: the same numbers for events, rounds and any block of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numpy.typing import NDArray
+
+from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
+
+if TYPE_CHECKING:
+    from fedsim.problems.data.table import Data
+
+_reals, _ints = types.Array(types.float64, 1, "C"), types.Array(types.int64, 1, "C")
+_rows, _drawn = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
+
+GRADIENT = types.void(types.int64, _reals, _ints, _reals, _reals, _ints, _reals, _reals)
+"""(slot, x, indices, weights, reals, ints, scratch, out): see `fedsim.problems.problem.CompiledObjective`."""
+LOSS = types.float64(types.int64, _reals, _reals, _ints, _reals)
+"""(slot, x, reals, ints, scratch) -> f_i(x) over all records."""
+
+
+@njit(
+    types.void(types.FunctionType(GRADIENT), _ints, _rows, _drawn, _rows, _reals, _ints, _reals, _rows),
+    cache=True,
+)
+def gradients(function, slots, x, indices, weights, reals, ints, scratch, out):  # pragma: no cover - compiled
+    """Write the gradient of every row to `out`, one after another."""
+    for row in range(len(slots)):
+        function(slots[row], x[row], indices[row], weights[row], reals, ints, scratch, out[row])
+
+
+@njit(types.void(types.FunctionType(LOSS), _ints, _rows, _reals, _ints, _reals, _reals), cache=True)
+def losses(function, slots, x, reals, ints, scratch, out):  # pragma: no cover - compiled
+    """Write the loss of every row to `out`; a single row of x serves all."""
+    for row in range(len(slots)):
+        out[row] = function(slots[row], x[row if len(x) > 1 else 0], reals, ints, scratch)
+
+
+class CompiledProblem(Problem):
+    """Base of problems that give `_gradient`, `_loss` (compiled) and their tables `_reals`, `_ints`.
+
+    The last `n` entries of `_ints` map a slot to a node number, so that any subset of nodes shares one table.
+    """
+
+    _gradient: Any
+    _loss: Any
+    _reals: NDArray[np.float64]
+    _ints: NDArray[np.int64]
+    _scratch: int = 1
+
+    def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
+        """Return `grad f_i(x_i)` `[rows, dim]`."""
+        rows = np.ascontiguousarray(x.detach().numpy())
+        indices = np.empty((len(nodes), 0), np.int64) if batch is None else batch.indices
+        weights = np.empty((len(nodes), 0)) if batch is None else batch.weights
+        out, scratch = np.empty_like(rows), np.empty(self._scratch)
+        slots = np.ascontiguousarray(nodes, dtype=np.int64)
+        gradients(self._gradient, slots, rows, indices, weights, self._reals, self._ints, scratch, out)
+        return torch.from_numpy(out)
+
+    def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+        """Return `f_i(x_i)` `[rows]`."""
+        out, scratch = np.empty(len(nodes)), np.empty(self._scratch)
+        rows = np.ascontiguousarray(x.detach().numpy())
+        losses(self._loss, np.ascontiguousarray(nodes, dtype=np.int64), rows, self._reals, self._ints, scratch, out)
+        return torch.from_numpy(out)
+
+    def compiled(self, nodes: Nodes) -> CompiledObjective:
+        """Return the compiled gradient over these nodes."""
+        ints = np.concatenate([self._ints[: len(self._ints) - self.n], np.asarray(nodes, np.int64)])
+        return CompiledObjective(self._gradient, self._reals, ints, self._scratch)
+
+
+class RecordsProblem(CompiledProblem):
+    """Base of mean losses over records `(a, b)` plus `(l2/2) ||x||^2`.
+
+    Tables: `reals` = features `[N, d]`, labels `[N]`, node scales `[n]`, l2; `ints` = d, N, n, classes, offsets
+    `[n + 1]`, slots. Records lie node after node.
+    """
+
+    def __init__(
+        self, data: Data, labels: NDArray[np.float64], parts: list[NDArray[np.int64]], l2: float, weights: str
+    ) -> None:
+        self.n, self.l2, self.data = len(parts), float(l2), data
+        self.records = np.array([len(part) for part in parts], dtype=np.int64)
+        order = np.concatenate(parts)
+        self.offsets = np.concatenate([[0], np.cumsum(self.records)]).astype(np.int64)
+        self.features = np.ascontiguousarray(data.features[order], dtype=np.float64)
+        self.labels = np.ascontiguousarray(labels[order], dtype=np.float64)
+        total = int(self.records.sum())
+        self.scale = self.records * (self.n / total) if weights == "samples" else np.ones(self.n)
+        d = self.features.shape[1]
+        self._reals = np.concatenate([self.features.ravel(), self.labels, self.scale, [self.l2]])
+        head = [d, total, self.n, max(1, len(data.classes or ()))]
+        self._ints = np.concatenate([head, self.offsets, np.arange(self.n)]).astype(np.int64)
+        self.parts = parts
+
+    def of(self, node: int) -> slice:
+        """Return where a node's records lie."""
+        return slice(int(self.offsets[node]), int(self.offsets[node + 1]))
+
+    def spectra(self) -> NDArray[np.float64]:
+        """Return the extreme eigenvalues of `A_i'A_i / m_i` as `[n, 2]`: (least, largest), exact."""
+        found = np.zeros((self.n, 2))
+        for node in range(self.n):
+            a = self.features[self.of(node)]
+            m, d = a.shape
+            gram = a.T @ a if d <= m else a @ a.T
+            values = np.linalg.eigvalsh(gram / m)
+            found[node] = (max(values[0], 0.0) if d <= m else 0.0), max(values[-1], 0.0)
+        return found
+
+    def record_weights(self) -> NDArray[np.float64]:
+        """Return each record's share in `(1/n) sum_i f_i`, `[N]`."""
+        return np.repeat(self.scale / (self.n * self.records), self.records)
+
+    def facts(self) -> dict[str, Any]:
+        """Return data set, sizes and the partition's table."""
+        from fedsim.problems.partition import report
+
+        table = report(self.parts, self.data)
+        return {
+            "data": self.data.name,
+            "records": int(self.records.sum()),
+            "partition": {"header": list(table.header), "counts": np.asarray(table.counts).tolist()},
+        }
+
+
+@njit(inline="always")
+def place(slot, ints):  # pragma: no cover - compiled
+    """Return (d, N, n, first record, end of records, node) of a slot in the tables of `RecordsProblem`."""
+    d, total, n = ints[0], ints[1], ints[2]
+    node = ints[4 + n + 1 + slot]
+    return d, total, n, ints[4 + node], ints[4 + node + 1], node
+
+
+@njit(inline="always")
+def dot(reals, at, x, start, d):  # pragma: no cover - compiled
+    """Return `reals[at:at + d] . x[start:start + d]`, left to right in four lanes."""
+    s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+    c = 0
+    while c + 4 <= d:
+        s0 += reals[at + c] * x[start + c]
+        s1 += reals[at + c + 1] * x[start + c + 1]
+        s2 += reals[at + c + 2] * x[start + c + 2]
+        s3 += reals[at + c + 3] * x[start + c + 3]
+        c += 4
+    while c < d:
+        s0 += reals[at + c] * x[start + c]
+        c += 1
+    return (s0 + s1) + (s2 + s3)
+
+
+@njit(inline="always")
+def finish(x, reals, total, d, n, node, out):  # pragma: no cover - compiled
+    """Scale by the node's weight and add `l2 x`: `f_i` is `scale * (mean loss + (l2/2) ||x||^2)`."""
+    scale, l2 = reals[total * d + total + node], reals[total * d + total + n]
+    for c in range(len(out)):
+        out[c] = scale * (out[c] + l2 * x[c])

@@ -1,0 +1,111 @@
+"""The keys of each problem kind, beside `data` and `partition`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Weights = Literal["uniform", "samples"]
+
+
+@dataclass(frozen=True)
+class LeastSquaresParameters:
+    """`f_i(x) = (1/m_i) sum_j (a_ij'x - b_ij)^2` (no factor 1/2, as in the DADAO experiments).
+
+    Attributes:
+        weights: uniform (every node counts the same) or samples (every record counts the same).
+    """
+
+    needs_data: ClassVar[bool] = True
+    weights: Weights = "uniform"
+
+
+@dataclass(frozen=True)
+class RidgeParameters:
+    """Least squares `+ (l2/2) ||x||^2` on every node."""
+
+    needs_data: ClassVar[bool] = True
+    l2: Positive
+    weights: Weights = "uniform"
+
+
+@dataclass(frozen=True)
+class LogisticParameters:
+    """`f_i(x) = (1/m_i) sum_j log(1 + exp(-y_ij a_ij'x)) + (l2/2) ||x||^2`, two classes as y = -1, +1."""
+
+    needs_data: ClassVar[bool] = True
+    l2: Weight = 0.0
+    weights: Weights = "uniform"
+
+
+@dataclass(frozen=True)
+class MultinomialParameters:
+    """Softmax regression: x holds one row of coefficients per class, `dim = classes * features`."""
+
+    needs_data: ClassVar[bool] = True
+    l2: Weight = 0.0
+    weights: Weights = "uniform"
+
+
+@dataclass(frozen=True)
+class QuadraticParameters:
+    """`f_i(x) = (1/2) (x - b_i)' A_i (x - b_i)`.
+
+    Attributes:
+        dim: length of x.
+        condition: eigenvalues of every `A_i` are spread from 1 to this, in a seeded random basis of each node.
+        heterogeneity: standard deviation of the nodes' centres `b_i` around 0.
+        shape: full, or diagonal (O(dim) data per node, for millions of nodes).
+        curvatures, centres: given instead: `curvatures [n]` or `[n][dim]` diagonals, `centres [n][dim]`.
+    """
+
+    needs_data: ClassVar[bool] = False
+    dim: Count = 10
+    condition: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    heterogeneity: Weight = 1.0
+    shape: Literal["full", "diagonal"] = "full"
+    curvatures: list[float] | list[list[float]] | None = None
+    centres: list[list[float]] | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ConsensusParameters:
+    """`f_i(x) = ||x - b_i||^2 / 2`: the optimum is the mean of the b_i; `start: {kind: problem}` starts from them.
+
+    Attributes:
+        dim: length of x; the b_i are then standard normal.
+        values: `[n][dim]`, given instead.
+    """
+
+    needs_data: ClassVar[bool] = False
+    dim: Count = 1
+    values: list[list[float]] | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ModuleParameters:
+    """A `torch.nn.Module` with a loss; every node holds its own copy of the parameters.
+
+    Attributes:
+        model: mlp (hidden tanh layers), or your own `package.module:Class` / `file.py:Class`, called with
+            (features, outputs).
+        hidden: widths of the mlp's hidden layers.
+        loss: cross_entropy for classes, mean_square for numbers; follows from the data.
+        l2: `(l2/2) ||x||^2` on every node.
+        seed: of the initial parameters, which `start: {kind: problem}` starts from.
+    """
+
+    needs_data: ClassVar[bool] = True
+    model: str = "mlp"
+    hidden: list[Count] = field(default_factory=lambda: [16])
+    loss: Literal["cross_entropy", "mean_square"] | None = None
+    l2: Weight = 0.0
+    weights: Weights = "uniform"
+    seed: int | None = None
