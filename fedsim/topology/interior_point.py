@@ -184,7 +184,7 @@ class _Direction:
         from scipy.linalg import get_blas_funcs
 
         at = self.at
-        square = get_blas_funcs("syrk", (K_P,))
+        (square,) = get_blas_funcs(("syrk",), (K_P,))
         H = square(1.0, (self.S * np.sqrt(at.p / at.s)).T, trans=1, lower=0)
         K_P *= 2 * _gram(at.P @ weighted_laplacian(at.p, at.topology) @ at.P, at)
         H += K_P

@@ -67,13 +67,11 @@ def optimise(topology: Topology, affordable: RateSet, solver: Solver = "auto", p
 def _best(topology: Topology, affordable: RateSet, solver: str) -> Answer:
     """The solver's rates, or a local rule's where that is as good (as on edge-transitive graphs)."""
     answer = _auto(topology, affordable) if solver == "auto" else _by(solver, topology, affordable)
-    least = _required(topology, affordable, answer.rates) * (1 + 1e-9)
-    for name, rule in SCHEMES.items():
-        rates = affordable.normalise(rule(topology))
-        value = _required(topology, affordable, rates)
-        if value <= least:
-            answer, least = Answer(rates, answer.bound, f"{answer.solver}, equal to {name}"), value
-    return answer
+    rules = {name: affordable.normalise(rule(topology)) for name, rule in SCHEMES.items()}
+    name = min(rules, key=lambda rule: _required(topology, affordable, rules[rule]))
+    if _required(topology, affordable, rules[name]) > _required(topology, affordable, answer.rates) * (1 + 1e-9):
+        return answer
+    return Answer(rules[name], answer.bound, f"{answer.solver}, equal to {name}")
 
 
 def _auto(topology: Topology, affordable: RateSet) -> Answer:

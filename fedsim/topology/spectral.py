@@ -88,7 +88,9 @@ def check_rates(topology: Topology, rates: Vector) -> None:
     if not rates.all():
         from scipy.sparse.csgraph import connected_components
 
-        parts, _ = connected_components(laplacian(topology, rates), directed=False)
+        firing = laplacian(topology, rates)
+        firing.eliminate_zeros()
+        parts, _ = connected_components(firing, directed=False)
         if parts > 1:
             raise InputError(f"{where}: the edges with a positive rate leave {parts} parts that never meet")
 
