@@ -106,7 +106,7 @@ NODE_SETS = [
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(("text", "set", "value"), NODE_SETS)
 def test_per_node_sets(text, set, value, solver):
-    """sqrt(2 chi1 chi2) under per-node rates and bandwidths, to 5 digits (the p-norm surrogate to 3): figure 7's graphs."""
+    """sqrt(2 chi1 chi2) under per-node rates and bandwidths on figure 7's graphs, to 5 digits (the surrogate to 3)."""
     rates = gossip_rates(build(text), set=set, solver=solver)
     assert rates.chi.communications == pytest.approx(value, rel=1e-3 if solver == "surrogate" else 2e-5)
     assert rate_set(build(text), set).gauge(rates.rates) <= 1 + 1e-9
