@@ -1,8 +1,8 @@
 """fedsim: decentralized and federated optimization; one scenario file on every engine, with the same numbers.
 
-    result = fedsim.run("scenarios/quickstart.yaml")
-    result.metrics            # a pandas frame
-    result.plot()             # PNG and SVG
+result = fedsim.run("scenarios/quickstart.yaml")
+result.metrics            # a pandas frame
+result.plot()             # PNG and SVG
 """
 
 from __future__ import annotations

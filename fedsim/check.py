@@ -36,7 +36,8 @@ def check(
     study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
     shared: dict[str, Any] = {}
     first = {run.variant: run for run in reversed(study.runs)}
-    return [describe(prepare(first[name], shared=shared), precision) for name in dict.fromkeys(r.variant for r in study.runs)]
+    variants = dict.fromkeys(run.variant for run in study.runs)
+    return [describe(prepare(first[name], shared=shared), precision) for name in variants]
 
 
 def describe(p: Prepared, precision: float) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def as_text(facts: dict[str, Any]) -> str:
 
 def _guarantee_lines(g: dict[str, Any], e: dict[str, float]) -> list[str]:
     lines = [
-        f"  guarantee  {g['metric']}(t) <= {g['prefactor']:.4g} * {g['metric']}(0) * exp(-{g['rate']:.6g} t)   [{g['source']}]",
+        f"  guarantee  {g['metric']}(t) <= {g['prefactor']:.4g} {g['metric']}(0) exp(-{g['rate']:.6g} t)",
+        f"             {g['source']}",
         f"             rate {g['rate']:.6g} per unit of time, prefactor {g['prefactor']:.4g}",
     ]
     if g["broken"]:

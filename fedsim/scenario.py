@@ -1,4 +1,4 @@
-"""A scenario file becomes a study: frozen, resolved scenarios, one per variant and seed, or one report of all mistakes."""
+"""A scenario file becomes a study: one frozen, resolved scenario per variant and seed, or one report of mistakes."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def _add_pydantic(path: tuple[str, ...], error: Exception, mistakes: _Mistakes) 
 
 
 def _check_named(sections: dict[str, Any], base: Path, mistakes: _Mistakes) -> None:
-    """Check the sections that name a component: problem (with data and partition), algorithm, topology, rates, mixing."""
+    """Check the sections that name a component."""
     for section in ("algorithm", "problem"):
         if section in sections:
             _check_component((section,), section, sections[section], base, mistakes)

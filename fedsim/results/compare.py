@@ -79,6 +79,8 @@ def _cell(row: pd.Series, column: str) -> str:
         return str(int(value))
     if "reached" in row and row["reached"] < row["runs"]:
         return f"not reached ({int(row['runs'] - row['reached'])} of {int(row['runs'])})"
+    if np.isnan(value):
+        return "-"
     low, high = row.get(f"{column}_q1"), row.get(f"{column}_q3")
     spread = "" if low is None or high is None or low == high else f" [{_short(low)}, {_short(high)}]"
     return _short(value) + spread
@@ -132,7 +134,8 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
         if column not in run.metrics:
             names = list(run.metrics.columns)
             raise InputError(
-                f"compare: {run.folder} did not record {column!r}{did_you_mean(column, names)}; it has {', '.join(names)}"
+                f"compare: {run.folder} did not record {column!r}{did_you_mean(column, names)};"
+                f" it has {', '.join(names)}"
             )
 
 

@@ -1,0 +1,125 @@
+"""The JSON Schema of scenario files, made from the registry and the components' own annotations.
+
+`python -m fedsim.schema` writes `fedsim/schema.json`, which is shipped, so that `fedsim schema` imports nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from fedsim import registry
+from fedsim.scenario import BESIDE, KEYS
+from fedsim.sections import COSTS, METRICS, PLAIN
+
+FILE = Path(__file__).parent / "schema.json"
+
+
+def schema() -> dict[str, Any]:
+    """Return the schema: every section, every registered kind with its keys."""
+    definitions: dict[str, Any] = {}
+    properties: dict[str, Any] = {
+        "name": {"type": "string", "description": "name of the study and of its folder"},
+        "claim": {"type": "string", "description": "what the comparison shows"},
+        "seed": {"type": "integer", "minimum": 0, "description": "seed of clocks, batches, start, noise"},
+        "data_seed": {"type": "integer", "minimum": 0, "description": "seed of graph, data, partition (default: seed)"},
+        "seeds": {"type": ["integer", "array"], "description": "number of seeds from `seed` on, or a list of seeds"},
+        "topology": _topology(),
+        "rates": _kinds(registry.RATES.split(), _rates_keys()),
+        "mixing": _kinds(registry.MIXINGS.split(), {"lazy": {"type": "boolean"}}),
+        "stop": {
+            "type": "object",
+            "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in (*METRICS, *COSTS)},
+            "additionalProperties": False,
+        },
+        "variants": {"type": "object", "additionalProperties": {"type": ["object", "null"]}},
+        "short": {"type": "object", "description": "dotted overrides of the short form"},
+    }
+    for name, cls in PLAIN.items():
+        properties[name] = _of(cls, definitions)
+    definitions["data"] = _component("data", definitions, {})
+    definitions["partition"] = _component("partition", definitions, {})
+    parts = {name: {"$ref": f"#/$defs/{name}"} for name in ("data", "partition")}
+    properties["problem"] = _component("problem", definitions, parts)
+    properties["algorithm"] = _component("algorithm", definitions, {})
+    assert set(properties) == set(KEYS), set(properties) ^ set(KEYS)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fedsim scenario",
+        "type": "object",
+        "properties": {name: properties[name] for name in KEYS},
+        "required": ["topology", "problem", "algorithm", "schedule"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def _topology() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "kind and its parameters (any networkx generator), or file",
+        "properties": {
+            "kind": {"type": "string", "examples": registry.GRAPHS.split()},
+            "file": {"type": "string"},
+            "name": {"type": "string"},
+            "order": {"enum": ["rcm", "given"]},
+        },
+    }
+
+
+def _rates_keys() -> dict[str, Any]:
+    from fedsim.topology.rates import KEYS as keys
+
+    rest: dict[str, Any] = {name: {} for name in keys if name not in ("kind", "file")}
+    return {**rest, "scale": {"enum": ["theory", "none"]}}
+
+
+def _kinds(names: list[str], keys: dict[str, Any]) -> dict[str, Any]:
+    own = {"kind": {"enum": names}, "file": {"type": "string"}, **keys}
+    return {"type": "object", "properties": own, "additionalProperties": False}
+
+
+def _component(section: str, definitions: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    choices = []
+    for kind, entry in registry.KINDS[section].items():
+        cls = registry.find(section, kind, Path())
+        own = _of(cls, definitions)
+        beside = {name: parts.get(name, {}) for name in BESIDE[section] if name not in own["properties"]}
+        choices.append(
+            {
+                "type": "object",
+                "title": kind,
+                "description": entry.summary,
+                "properties": {"kind": {"const": kind}, **own["properties"], **beside},
+                "required": ["kind", *own.get("required", [])],
+                "additionalProperties": False,
+            }
+        )
+    pattern = {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+    return {"anyOf": [*choices, pattern]}
+
+
+def _of(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+    made = TypeAdapter(cls).json_schema(ref_template="#/$defs/{model}")
+    definitions.update(made.pop("$defs", {}))
+    hidden = {f.name for f in fields(cls) if not f.init}  # type: ignore[arg-type]
+    properties = {name: value for name, value in made.get("properties", {}).items() if name not in hidden}
+    return {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        **({"required": made["required"]} if "required" in made else {}),
+    }
+
+
+def text() -> str:
+    """Return the file's text."""
+    return json.dumps(schema(), indent=1, sort_keys=False) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text())
