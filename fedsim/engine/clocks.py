@@ -99,6 +99,15 @@ class Clocks:
         self.now = max(self.now, end)
         return self._events(time, clock)
 
+    def save(self) -> dict[str, np.ndarray]:
+        """Return the time and the number of every clock's next tick."""
+        return {"clock_next": self.next.copy(), "clock_count": self.count.copy(), "clock_now": np.array(self.now)}
+
+    def load(self, saved: dict[str, np.ndarray]) -> None:
+        """Go back to what `save` returned."""
+        self.next[:], self.count[:] = saved["clock_next"], saved["clock_count"]
+        self.now = float(saved["clock_now"])
+
     def _events(self, time: Reals, clock: Ints) -> Batch:
         a, b, edge = np.empty_like(clock), np.empty_like(clock), np.empty_like(clock)
         _name(clock, self._nodes, self._u, self._v, self._edge, self._row, a, b, edge)

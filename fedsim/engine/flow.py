@@ -17,6 +17,7 @@ SQUARING_ACCURACY = 1e-9
 _CHECKED_TIMES = (1e-6, 1e-2, 0.3, 1.0, 3.0, 10.0, 30.0)
 _CLUSTER_TOLERANCES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 _TERMS = 14
+_u = np.uint64
 
 
 class FlowTable(NamedTuple):
@@ -25,7 +26,7 @@ class FlowTable(NamedTuple):
     Attributes:
         exponents: float64 `[groups, 2]`, real and imaginary part of an eigenvalue (imaginary part >= 0).
         powers: int64 `[groups]`, how many powers of t multiply its exponential.
-        modes: float64 `[modes, k, k]`, per group and power one matrix, or two (cosine, sine) where the
+        modes: float64 `[modes * k * k]`, per group and power one matrix, or two (cosine, sine) where the
             imaginary part is positive; empty: `exp(A t)` is found by squaring.
         balanced: float64 `[k, k]`, `D^-1 A D`; zero where nothing flows.
         scale: float64 `[k]`, the diagonal of D (powers of two).
@@ -79,9 +80,9 @@ class Flow:
 
 
 def _evaluate(table: FlowTable, t: float) -> Matrix:
-    out = np.empty_like(table.balanced)
-    flow_matrix(table, t, out)
-    return out
+    out = np.empty(table.balanced.size)
+    flow_matrix(*table, t, out, 0)
+    return out.reshape(table.balanced.shape)
 
 
 def _difference(table: FlowTable, reference: FlowTable) -> float:
@@ -97,14 +98,13 @@ def _difference(table: FlowTable, reference: FlowTable) -> float:
 
 
 def _squaring(balanced: Matrix, scale: NDArray[np.float64]) -> FlowTable:
-    k = len(balanced)
-    return FlowTable(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros((0, k, k)), balanced, scale)
+    return FlowTable(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0), balanced, scale)
 
 
 def _modes(squaring: FlowTable, tolerance: float) -> FlowTable:
     """Return the modes for eigenvalues clustered at a relative tolerance."""
     exponents, powers, modes = [], [], []
-    eigenvalues = np.linalg.eigvals(squaring.balanced)
+    eigenvalues = np.linalg.eigvals(squaring.balanced).astype(np.complex128)
     weight = squaring.scale[:, None] / squaring.scale[None, :]
     for centre, members in _clusters(eigenvalues, tolerance):
         if centre.imag < 0.0:
@@ -120,14 +120,14 @@ def _modes(squaring: FlowTable, tolerance: float) -> FlowTable:
     return FlowTable(
         np.array(exponents, dtype=np.float64).reshape(-1, 2),
         np.array(powers, dtype=np.int64),
-        np.ascontiguousarray(modes),
+        np.array(modes).ravel(),
         squaring.balanced,
         squaring.scale,
     )
 
 
 def _clusters(eigenvalues: NDArray[np.complex128], tolerance: float) -> list[tuple[complex, list[int]]]:
-    """Return (centre, members) of eigenvalues closer than the tolerance; clusters on the real axis get a real centre."""
+    """Return (centre, members) of eigenvalues closer than the tolerance; on the real axis with a real centre."""
     reach = tolerance * float(np.abs(eigenvalues).max())
     left, clusters = set(range(len(eigenvalues))), []
     while left:
@@ -157,7 +157,7 @@ def _terms(
     def belongs(x: complex) -> bool:
         return len(others) == 0 or np.abs(inside - x).min() < np.abs(others - x).min()
 
-    upper, basis, size = schur(balanced.astype(complex), output="complex", sort=belongs)
+    upper, basis, size = schur(balanced.astype(complex), output="complex", sort=belongs)  # pyright: ignore
     block, rest = upper[:size, :size], upper[size:, size:]
     coupling = solve_sylvester(block, -rest, upper[:size, size:]) if 0 < size < len(upper) else upper[:size, size:]
     left, right = basis[:, :size], np.hstack([np.eye(size), coupling]) @ basis.conj().T
@@ -171,45 +171,47 @@ def _terms(
     return terms
 
 
+# Whole arrays and unsigned places in them, instead of slices: numba's reference counting would cost more than the sums.
+
+
 @njit(cache=True, error_model="numpy")
-def flow_matrix(table: FlowTable, t: float, out: Matrix) -> None:
-    """Write `exp(A t)` into `out [k, k]`."""
-    exponents, powers, modes = table.exponents, table.powers, table.modes
-    k = out.shape[0]
+def flow_matrix(exponents, powers, modes, balanced, scale, t, out, at):  # pragma: no cover - compiled
+    """Write `exp(A t)` row by row into `out[at : at + k * k]`; the arrays are those of a `FlowTable`."""
+    size = len(scale) * len(scale)
     if len(powers) == 0:
-        _squared(table.balanced, table.scale, t, out)
+        squared(balanced, scale, t, out, at)
         return
-    flat = out.reshape(k * k)
-    flat[:] = 0.0
+    for i in range(size):
+        out[_u(at) + _u(i)] = 0.0
     m = 0
     for group in range(len(powers)):
         real = math.exp(exponents[group, 0] * t) if exponents[group, 0] != 0.0 else 1.0
-        angle = exponents[group, 1] * t
         for _ in range(powers[group]):
             if exponents[group, 1] == 0.0:
-                _add(flat, real, modes[m].reshape(k * k))
-                m += 1
+                _add(out, at, real, modes, m, size)
+                m += size
             else:
-                _add(flat, real * math.cos(angle), modes[m].reshape(k * k))
-                _add(flat, real * math.sin(angle), modes[m + 1].reshape(k * k))
-                m += 2
+                angle = exponents[group, 1] * t
+                _add(out, at, real * math.cos(angle), modes, m, size)
+                _add(out, at, real * math.sin(angle), modes, m + size, size)
+                m += 2 * size
             real *= t
 
 
-@njit(cache=True)
-def _add(out: NDArray[np.float64], factor: float, matrix: NDArray[np.float64]) -> None:
-    for i in range(len(out)):
-        out[i] += factor * matrix[i]
+@njit
+def _add(out, at, factor, values, start, size):  # pragma: no cover - compiled
+    for i in range(size):
+        out[_u(at) + _u(i)] += factor * values[_u(start) + _u(i)]
 
 
 @njit(cache=True, error_model="numpy")
-def _squared(balanced: Matrix, scale: NDArray[np.float64], t: float, out: Matrix) -> None:
-    """Write `exp(A t)` by squaring `F = exp - 1`, `F <- 2 F + F^2`, which keeps the digits that `E^2` would lose."""
-    k = out.shape[0]
+def squared(balanced, scale, t, out, at):  # pragma: no cover - compiled
+    """The same by squaring `F = exp - 1`, `F <- 2 F + F^2`, which keeps the digits that `E^2` would lose."""
+    k = len(scale)
     norm = 0.0
     for i in range(k):
         norm = max(norm, np.abs(balanced[i]).sum() * abs(t))
-    doublings = max(0, int(math.ceil(math.log2(norm / 0.5)))) if norm > 0.0 else 0
+    doublings = max(0, math.ceil(math.log2(norm / 0.5))) if norm > 0.0 else 0
     step = balanced * (t / 2.0**doublings)
     f = step / _TERMS
     for term in range(_TERMS - 1, 0, -1):  # Horner: X/1 (1 + X/2 (1 + X/3 (...)))
@@ -218,12 +220,11 @@ def _squared(balanced: Matrix, scale: NDArray[np.float64], t: float, out: Matrix
         f = 2.0 * f + _times(f, f)
     for i in range(k):
         for j in range(k):
-            identity = 1.0 if i == j else 0.0
-            out[i, j] = identity + f[i, j] * (scale[i] / scale[j])
+            out[at + i * k + j] = (1.0 if i == j else 0.0) + f[i, j] * (scale[i] / scale[j])
 
 
-@njit(cache=True)
-def _times(a: Matrix, b: Matrix) -> Matrix:
+@njit
+def _times(a, b):  # pragma: no cover - compiled
     k = a.shape[0]
     out = np.zeros((k, k))
     for i in range(k):

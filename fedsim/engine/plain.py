@@ -1,0 +1,195 @@
+"""The plain loop over events in time order, one at a time: the meaning of an event, and the oracle of faster players.
+
+It plays any `Dynamics` (in NumPy, in the order of operations that the compiled players keep to the bit) and any
+`EventAlgorithm` (in torch, as functions of one row).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsim.engine.flow import Flow
+from fedsim.engine.kernel import decayed
+
+if TYPE_CHECKING:
+    from fedsim.algorithms.algorithm import EventAlgorithm
+    from fedsim.algorithms.dynamics import Dynamics
+    from fedsim.engine.clocks import Batch
+    from fedsim.engine.gradients import RowGradients
+    from fedsim.engine.kernel import State
+
+Reals = NDArray[np.float64]
+
+
+class Rules(Protocol):
+    """What events do to the state of one node, `v [k, dim]`, in place."""
+
+    def flow(self, v: Reals, elapsed: float) -> None:
+        """Let `elapsed` units of time pass."""
+        ...
+
+    def point(self, v: Reals) -> Reals:
+        """Return where the gradient is taken, `[dim]`."""
+        ...
+
+    def gradient(self, v: Reals, g: Reals, count: int) -> Reals:
+        """Take a gradient event with gradient g, the node's number `count`; return what must be finite."""
+        ...
+
+    def message(self, v: Reals, row: int) -> Reals:
+        """Return what is sent, `[dim]`."""
+        ...
+
+    def gossip(self, v: Reals, own: Reals, other: Reals, edge: int) -> None:
+        """Take a gossip event: `own` was sent over this edge, `other` received."""
+        ...
+
+
+def play(rules: Rules, gradients: RowGradients, state: State, batch: Batch) -> int:
+    """Play a batch of events; return the place of the first at which something was not finite, or -1."""
+    for event, (t, i, j, edge) in enumerate(zip(*batch, strict=True)):
+        if j < 0:
+            good = _gradient(rules, gradients, state, int(i), t)
+        else:
+            good = _gossip(rules, state, int(i), int(j), int(edge), t)
+        if not good:
+            return event
+    return -1
+
+
+def _elapse(rules: Rules, state: State, i: int, t: float) -> None:
+    rules.flow(state.v[i], t - state.last[i])
+    state.last[i] = t
+
+
+def _gradient(rules: Rules, gradients: RowGradients, state: State, i: int, t: float) -> bool:
+    _elapse(rules, state, i, t)
+    x = torch.from_numpy(rules.point(state.v[i])[None])
+    g = gradients.primal(np.array([i]), x, state.gradients[i : i + 1])[0].numpy()
+    e = rules.gradient(state.v[i], g, int(state.gradients[i]))
+    state.gradients[i] += 1
+    return bool(np.isfinite(e).all())
+
+
+def _gossip(rules: Rules, state: State, i: int, j: int, edge: int, t: float) -> bool:
+    for node in (i, j):
+        _elapse(rules, state, node, t)
+    m_i, m_j = rules.message(state.v[i], i), rules.message(state.v[j], j)
+    rules.gossip(state.v[i], m_i, m_j, edge)
+    rules.gossip(state.v[j], m_j, m_i, edge)
+    state.depth[i] = state.depth[j] = max(state.depth[i], state.depth[j]) + 1
+    return bool(np.isfinite(m_i - m_j).all())
+
+
+class TableRules:
+    """The rules of a table of coefficients."""
+
+    def __init__(self, table: Dynamics, flow: Flow, gradients: RowGradients) -> None:
+        self._t, self._flow, self._gradients = table, flow, gradients
+        self._decay = np.array(table.decay if table.decay is not None else (0.0, 0.0))
+
+    def flow(self, v: Reals, elapsed: float) -> None:
+        """`v <- exp(A elapsed) v`."""
+        if elapsed != 0.0 and not self._flow.still:
+            v[:] = _times(self._flow.at(elapsed), v)
+
+    def point(self, v: Reals) -> Reals:
+        """`point . v`."""
+        return _weighted(self._t.point, v)
+
+    def gradient(self, v: Reals, g: Reals, count: int) -> Reals:
+        """`e = g + residual . v`; `v <- gradient_map v + decay * gradient_jump (x) e`."""
+        e = g.astype(np.float64)
+        _add(e, self._t.residual, v)
+        if self._t.gradient_map is not None:
+            v[:] = _times(self._t.gradient_map, v)
+        _jump(v, decayed(count, self._decay) * self._t.gradient_jump, e)
+        return e
+
+    def message(self, v: Reals, row: int) -> Reals:
+        """`message . v`, or `grad f_i^*(point . v)` for dual methods."""
+        if not self._t.dual:
+            return _weighted(self._t.message, v)
+        s = torch.from_numpy(_weighted(self._t.point, v)[None])
+        return self._gradients.dual(np.array([row]), s)[0].numpy()
+
+    def gossip(self, v: Reals, own: Reals, other: Reals, edge: int) -> None:
+        """`v += (gossip_jump + edge_scale edge_jump) (x) (own - other)`."""
+        jump = self._t.gossip_jump
+        if self._t.edge_jump is not None and self._t.edge_scale is not None:
+            jump = jump + self._t.edge_scale[edge] * self._t.edge_jump
+        _jump(v, jump, own - other)
+
+
+def _times(matrix: Reals, v: Reals) -> Reals:
+    """Return `matrix v`, every sum over ascending columns."""
+    out = matrix[:, :1] * v[0]
+    for b in range(1, len(v)):
+        out += matrix[:, b : b + 1] * v[b]
+    return out
+
+
+def _add(out: Reals, weights: Reals, v: Reals) -> None:
+    for weight, row in zip(weights, v, strict=True):
+        if weight != 0.0:
+            out += weight * row
+
+
+def _weighted(weights: Reals, v: Reals) -> Reals:
+    out = np.zeros(v.shape[1])
+    _add(out, weights, v)
+    return out
+
+
+def _jump(v: Reals, jump: Reals, d: Reals) -> None:
+    for a, factor in enumerate(jump):
+        if factor != 0.0:
+            v[a] += factor * d
+
+
+class FunctionRules:
+    """The rules of an algorithm that is written as functions of rows."""
+
+    def __init__(self, algorithm: EventAlgorithm) -> None:
+        self._algorithm = algorithm
+
+    def flow(self, v: Reals, elapsed: float) -> None:
+        """The algorithm's own flow."""
+        if elapsed != 0.0:
+            self._set(v, self._algorithm.flow(self._rows(v), torch.full((1, 1), elapsed, dtype=torch.float64)))
+
+    def point(self, v: Reals) -> Reals:
+        """The algorithm's own point."""
+        return self._algorithm.point(self._rows(v))[0].numpy()
+
+    def gradient(self, v: Reals, g: Reals, count: int) -> Reals:
+        """The algorithm's own gradient event."""
+        number = torch.full((1, 1), count, dtype=torch.int64)
+        self._set(v, self._algorithm.gradient(self._rows(v), torch.from_numpy(g[None]), number))
+        return v
+
+    def message(self, v: Reals, row: int) -> Reals:
+        """The algorithm's own message."""
+        return self._algorithm.message(self._rows(v))[0].numpy().copy()
+
+    def gossip(self, v: Reals, own: Reals, other: Reals, edge: int) -> None:
+        """The algorithm's own gossip event."""
+        sent, received = torch.from_numpy(own[None]), torch.from_numpy(other[None])
+        self._set(v, self._algorithm.gossip(self._rows(v), sent, received))
+
+    def _rows(self, v: Reals) -> dict[str, torch.Tensor]:
+        return rows_by_name(self._algorithm.variables, v[None])
+
+    def _set(self, v: Reals, new: dict[str, torch.Tensor]) -> None:
+        values = [new[name][0].numpy().copy() for name in self._algorithm.variables]
+        for a, value in enumerate(values):
+            v[a] = value
+
+
+def rows_by_name(variables: tuple[str, ...], v: Reals) -> dict[str, torch.Tensor]:
+    """Return views of `v [rows, k, dim]` by variable, each `[rows, dim]`."""
+    return {name: torch.from_numpy(v[:, a]) for a, name in enumerate(variables)}
