@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,10 +169,7 @@ def _rates(scenario: Scenario, topology: Topology) -> Rates:
     section = dict(scenario.rates or {"kind": "uniform"})
     scale = section.pop("scale", "theory")
     rates = build_rates(section, topology, scenario.base)
-    if scale == "none":
-        return rates
-    factor = rates.chi.communications
-    return replace(rates, rates=rates.rates * factor, chi=rates.chi.scaled(factor))
+    return rates if scale == "none" else rates.theory()
 
 
 def _mixing(scenario: Scenario, topology: Topology) -> Any:

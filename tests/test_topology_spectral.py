@@ -176,6 +176,17 @@ def test_mixing_gap_by_lanczos_equals_the_dense_one(monkeypatch):
     assert mixing_gap(matrix) == pytest.approx(dense, rel=1e-6)
 
 
+def test_mixing_gap_of_a_large_torus_is_a_closed_form(monkeypatch):
+    """Where all weights are equal on a torus the gap follows from the Laplacian's closed form."""
+    torus = build("torus:11,13")
+    for lazy in (False, True):
+        monkeypatch.undo()
+        matrix = mixing_matrix(torus, lazy=lazy)
+        dense = mixing_gap(matrix)
+        monkeypatch.setattr(spectral, "DENSE", 100)
+        assert mixing_gap(matrix, torus) == pytest.approx(dense, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

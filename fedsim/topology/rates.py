@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology import cache
 from fedsim.topology.optimise import Solver, check_solver, optimise
+from fedsim.topology.rate_files import read_rates, write_rates
 from fedsim.topology.schemes import SCHEMES
 from fedsim.topology.sets import RateSet, SetKind, rate_set
 from fedsim.topology.spectral import Chi, chi
 from fedsim.topology.topology import Topology
+
+__all__ = ["Rates", "build_rates", "gossip_rates", "read_rates", "write_rates"]
 
 Vector = NDArray[np.float64]
 KINDS = (*SCHEMES, "sdp", "file")
@@ -184,8 +187,6 @@ def _given_chi(spec: Mapping[str, Any]) -> Chi | None:
 
 
 def _from_file(file: str, topology: Topology, base: Path, known: Chi | None) -> Rates:
-    from fedsim.topology.rate_files import read_rates
-
     rates = read_rates(file, topology, base)
     costs = np.ones(topology.m) if topology.costs is None else topology.costs
     return Rates("file", "none", rates, known or chi(topology, rates), costs, solver=file)
