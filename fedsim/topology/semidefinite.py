@@ -24,13 +24,6 @@ RATES_LIMIT = 60  # nodes of the gossip-rate SDP (34 s at 50 nodes and 85 edges 
 MIXING_LIMIT = 60  # nodes of FDLA and fastest mixing (over 100 s at 100 nodes)
 
 
-def installed_solvers() -> list[str]:
-    """Return the solvers that cvxpy finds on this machine."""
-    import cvxpy as cp
-
-    return sorted(cp.installed_solvers())
-
-
 def solve(topology: Topology, rates: RateSet) -> Solution:
     """Solve the better form of Nabli & Oyallon (JMLR 2025), Prop. 7, by Clarabel.
 
