@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -39,13 +41,14 @@ def test_published_vectors(counter, key, expected):
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=7), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_draws_do_not_depend_on_who_holds_the_node(cuts, seed, step):
-    """However the nodes are divided into blocks, every node draws the same bits."""
+    """However the nodes are divided into blocks and ordered, every node draws the same bits."""
     streams = Streams(seed)
     for draw in (streams.uniform, streams.normal):
         whole = draw("batch", NODES, step, 5)
         edges = [0, *np.minimum(np.cumsum(cuts), len(NODES)), len(NODES)]
-        parts = [draw("batch", NODES[a:b], step, 5) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        parts = [draw("batch", NODES[a:b], step, 5) for a, b in pairwise(edges) if b > a]
         assert np.array_equal(np.concatenate(parts), whole)
+        assert np.array_equal(draw("batch", NODES[::-1].copy(), step, 5)[::-1], whole)
 
 
 def test_a_longer_draw_begins_with_the_shorter_one():

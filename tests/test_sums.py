@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_any_partition_gives_the_same_bits(n, data):
     edges = [0, *[c for c in cuts if c < n], n]
     values = _values(n)
     tiles, sums = [], []
-    for lo, hi in zip(edges, edges[1:], strict=False):
+    for lo, hi in pairwise(edges):
         own, part = partial_sums(values[lo:hi], lo, n)
         tiles += own
         sums.append(part)
