@@ -100,7 +100,7 @@ class RunSetting:
         from fedsim.topology.spectral import mixing_gap
 
         self.require("this algorithm", "mixing")
-        return mixing_gap(self.mixing)
+        return mixing_gap(self.mixing, self.topology)
 
     @cached_property
     def resistances(self) -> NDArray[np.float64]:

@@ -24,12 +24,22 @@ def prepare() -> dict[str, Any]:
 
     threads = int(os.environ.get("FEDSIM_THREADS", "1"))
     torch.set_num_threads(threads)
+    _limit_blas(threads)
     return {
         "threads": threads,
         "mkl_cbwr": mkl,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "memory_kept": _keep_memory(),
     }
+
+
+def _limit_blas(threads: int) -> None:
+    """Keep NumPy's linear algebra to the same number of threads: its last bits may depend on them."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    np.linalg.norm(np.eye(2) @ np.eye(2))  # loads the library that is to be limited
+    threadpool_limits(threads, user_api="blas")
 
 
 def _instruction_set() -> str:

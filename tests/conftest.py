@@ -1,0 +1,23 @@
+"""The machine is set as a run sets it, before any test computes anything."""
+
+import os
+import tempfile
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from fedsim.engine.machine import prepare
+
+prepare()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache():
+    """Tests keep solved rates in a folder of their own, so that none of them depends on an earlier session."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("FEDSIM_CACHE")
+        os.environ["FEDSIM_CACHE"] = before or folder
+        yield
+        if before is None:
+            del os.environ["FEDSIM_CACHE"]

@@ -1,0 +1,170 @@
+"""Objectives: gradients, constants, optima, and laws that blocks of rows must keep."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.algorithms.algorithm import Sampling
+from fedsim.engine.sampling import draw
+from fedsim.errors import InputError, Unsupported
+from fedsim.problems.build import build
+
+N = 7
+SPECS = {
+    "least_squares": {"kind": "least_squares", "data": {"kind": "dadao_regression"}},
+    "ridge": {"kind": "ridge", "l2": 0.1, "data": {"kind": "diabetes", "normalise": "columns"}, "weights": "samples",
+              "partition": {"kind": "dirichlet_sizes", "alpha": 0.5}},
+    "logistic": {"kind": "logistic", "l2": 0.01, "data": {"kind": "breast_cancer", "normalise": "columns"},
+                 "partition": {"kind": "dirichlet", "alpha": 0.3}},
+    "multinomial": {"kind": "multinomial", "l2": 0.01, "data": {"kind": "iris", "normalise": "columns"},
+                    "partition": {"kind": "sorted"}},
+    "quadratic": {"kind": "quadratic", "dim": 5, "condition": 30},
+    "diagonal": {"kind": "quadratic", "dim": 5, "shape": "diagonal"},
+    "consensus": {"kind": "consensus", "dim": 3},
+    "module": {"kind": "module", "data": {"kind": "iris", "normalise": "columns"}, "l2": 1e-3, "hidden": [5],
+               "partition": {"kind": "dirichlet_sizes", "alpha": 1.0}},
+}  # fmt: skip
+CONVEX = [name for name in SPECS if name != "module"]
+
+
+def made(name, **changes):
+    return build({**SPECS[name], **changes}, N, 0, Path())
+
+
+def points(problem, seed=1):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(N, problem.dim)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_gradient_is_the_derivative_of_the_loss(name):
+    """Central differences of f_i along a random direction agree with the gradient."""
+    problem, nodes = made(name), np.arange(N)
+    x, d, step = points(problem), points(problem, 2), 1e-6
+    slope = (problem.loss(x + step * d, nodes) - problem.loss(x - step * d, nodes)) / (2 * step)
+    exact = (problem.gradient(x, nodes) * d).sum(dim=1)
+    assert torch.allclose(slope, exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("block", [2, 3, 7])
+def test_a_rows_gradient_does_not_depend_on_the_rows_beside_it(name, block):
+    """Blocks of rows, in any order, give each row the bits it has among all others."""
+    problem, x = made(name), points(made(name))
+    whole = problem.gradient(x, np.arange(N))
+    order = np.random.default_rng(block).permutation(N)
+    for begin in range(0, N, block):
+        rows = order[begin : begin + block]
+        rows = np.repeat(rows, 2)[:2] if len(rows) == 1 else rows
+        assert torch.equal(problem.gradient(x[rows].contiguous(), rows), whole[rows])
+
+
+@pytest.mark.parametrize("name", [n for n in SPECS if n not in ("quadratic", "diagonal", "consensus")])
+def test_a_minibatch_of_all_records_is_the_exact_gradient(name):
+    """Every record once with weight 1/m gives the exact gradient to rounding; a minibatch is unbiased."""
+    problem, node = made(name), np.array([3, 3])
+    m = int(problem.records[3])
+    from fedsim.problems.problem import Minibatch
+
+    every = Minibatch(np.tile(np.arange(m), (2, 1)), np.full((2, m), 1 / m))
+    x = points(problem)[[3, 3]]
+    exact = problem.gradient(x, node)
+    assert torch.allclose(problem.gradient(x, node, every), exact, rtol=1e-12, atol=1e-12 * float(exact.abs().max()))
+    batches = [draw(Sampling(4), np.uint64(0), node, k, problem.records) for k in range(3000)]
+    sampled = torch.stack([problem.gradient(x, node, b)[0] for b in batches])
+    error = (sampled.mean(dim=0) - exact[0]).norm()
+    assert error < 5 * (sampled.var(dim=0).sum() / len(batches)).sqrt()
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_constants_bound_the_curvature_and_are_attained(name):
+    """The Hessian at 0 lies between mu_i and L_i, and attains L_i where the largest curvature is there."""
+    problem, nodes = made(name), np.arange(N)
+    x, step = 0 * points(problem), 1e-5
+    columns = [
+        (problem.gradient(x + step * e, nodes) - problem.gradient(x - step * e, nodes)) / (2 * step)
+        for e in torch.eye(problem.dim).double()
+    ]
+    hessian = torch.stack(columns, dim=1)
+    values = torch.linalg.eigvalsh((hessian + hessian.transpose(1, 2)) / 2).numpy()
+    assert (values[:, -1] <= problem.L * (1 + 1e-6)).all()
+    assert (values[:, 0] >= problem.mu * (1 - 1e-6) - 1e-6).all()
+    if name != "multinomial":
+        assert np.allclose(values[:, -1], problem.L, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_the_optimum_is_a_stationary_point_that_nothing_near_improves(name):
+    """The mean gradient at x* vanishes, and random perturbations only raise the objective."""
+    problem, nodes = made(name), np.arange(N)
+    best = problem.optimum()[None]
+    scale = float(problem.gradient(0 * points(problem), nodes).mean(dim=0).norm())
+    assert float(problem.gradient(best.repeat(N, 1), nodes).mean(dim=0).norm()) < 1e-12 * max(
+        scale, float(problem.L.max())
+    )
+    value = float(problem.loss(best, nodes).mean())
+    for seed in range(20):
+        other = best + 1e-3 * points(problem, seed)[:1]
+        assert float(problem.loss(other, nodes).mean()) > value
+
+
+@pytest.mark.parametrize("name", ["least_squares", "ridge", "quadratic", "diagonal", "consensus"])
+def test_the_dual_gradient_inverts_the_gradient(name):
+    """grad f_i^*(grad f_i(x)) = x."""
+    problem, nodes = made(name), np.arange(N)
+    x = points(problem)
+    assert torch.allclose(problem.dual_gradient(problem.gradient(x, nodes), nodes), x, atol=1e-9)
+
+
+def test_dual_gradients_are_refused_by_name_where_there_are_none():
+    """Logistic regression and rank-deficient least squares say which problems have dual gradients."""
+    with pytest.raises(Unsupported, match="'logistic' has no dual gradient"):
+        made("logistic").dual_gradient(torch.zeros(N, 30).double(), np.arange(N))
+    poor = build({"kind": "least_squares", "data": {"kind": "diabetes"}}, 200, 0, Path())
+    with pytest.raises(Unsupported, match="not of full column rank"):
+        poor.dual_gradient(torch.zeros(200, 10).double(), np.arange(200))
+
+
+def test_weights_by_samples_pool_the_records():
+    """With `weights: samples` the objective is the plain mean over all records, however they are split."""
+    spec = {**SPECS["ridge"], "weights": "samples"}
+    pooled = build(spec, N, 0, Path())
+    whole = build({**spec, "partition": {"kind": "iid"}}, 1, 0, Path())
+    x = points(pooled)[:1]
+    assert np.isclose(float(pooled.loss(x, np.arange(N)).mean()), float(whole.loss(x, np.arange(1)).mean()), rtol=1e-12)
+    assert torch.allclose(pooled.optimum(), whole.optimum(), rtol=1e-9)
+
+
+def test_without_l2_a_logistic_optimum_is_not_claimed():
+    """mu = 0: no optimum, so no `distance` is reported."""
+    problem = made("logistic", l2=0.0)
+    assert problem.optimum() is None
+    assert (problem.mu == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "logistic", "data": {"kind": "diabetes"}}, "is a regression task; two classes are needed"),
+        ({"kind": "ridge", "l2": 1, "data": {"kind": "iris"}}, "has classes; numbers are needed"),
+        ({"kind": "multinomial", "data": {"kind": "diabetes"}}, "classes are needed"),
+        ({"kind": "logistic"}, "problem.data: missing"),
+        ({"kind": "quadratic", "data": {"kind": "iris"}}, "leave data out"),
+        ({"kind": "consensus", "values": [[1.0]]}, r"shape \(1, 1\) given, \[7\]\[dim\] needed"),
+        ({"kind": "quadratic", "centres": [[0.0]] * 7, "curvatures": [-1.0] * 7}, "eigenvalue -1; > 0 needed"),
+    ],
+)
+def test_problems_that_mean_nothing_are_refused(spec, message):
+    """Each refusal says what was given and what is needed."""
+    with pytest.raises(InputError, match=message):
+        build(spec, N, 0, Path())
+
+
+def test_building_a_module_leaves_global_randomness_alone():
+    """Models are initialised from their own seed; torch's global generator is neither used nor moved."""
+    before = torch.random.get_rng_state()
+    first, again, other = made("module"), made("module"), made("module", seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.initial, again.initial)
+    assert not torch.equal(first.initial, other.initial)
