@@ -1,0 +1,270 @@
+"""The life of a run: folders, digests, checkpoints, stops, and what a mistake or a Ctrl-C leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from cases import Tracking, quadratic
+
+import fedsim
+from fedsim.errors import Diverged, InputError
+from fedsim.results.recorder import Recorder, read_metrics
+
+EVENTS = {
+    "name": "events",
+    "topology": {"kind": "ring", "n": 6},
+    "problem": {"kind": "quadratic", "dim": 3},
+    "algorithm": {"kind": "dadao"},
+    "schedule": {"horizon": 12},
+    "checkpoint": {"every": 5},
+}
+ROUNDS = EVENTS | {"name": "rounds", "problem": {"kind": "quadratic", "dim": 3}, "algorithm": {"kind": "adom_plus"}}
+BATCHES = EVENTS | {
+    "name": "batches",
+    "problem": {"kind": "logistic", "data": {"kind": "breast_cancer", "normalise": "columns"}, "l2": 0.1},
+    "algorithm": {"kind": "a2cid2", "step": 0.05, "momentum": 0.5, "batch": {"size": 4, "kind": "epoch"}},
+}
+
+
+@pytest.mark.parametrize("scenario", [EVENTS, ROUNDS, BATCHES], ids=lambda s: s["name"])
+def test_the_same_scenario_gives_the_same_digest_and_another_seed_another(tmp_path, scenario):
+    """A run is a function of its scenario: equal digests for equal seeds, and only then."""
+    one, two, three = (
+        fedsim.run(scenario, folder=tmp_path / str(i), overrides=[f"seed={s}", "data_seed=0"])
+        for i, s in enumerate((0, 0, 1))
+    )
+    assert one.digest == two.digest
+    if scenario is not ROUNDS:  # which draws nothing: its seed has nothing to change
+        assert one.digest != three.digest
+
+
+@pytest.mark.parametrize("scenario", [EVENTS, ROUNDS, BATCHES], ids=lambda s: s["name"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, scenario):
+    """Killed after its second checkpoint and resumed, a run ends with the same digest, counts and metrics."""
+    straight = fedsim.run(scenario, folder=tmp_path / "straight")
+    seen = []
+
+    def kill(name, now, horizon, row):
+        seen.append(now)
+        if now == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(scenario, folder=tmp_path / "killed", progress=kill)
+    assert fedsim.load(tmp_path / "killed").status == "interrupted"
+    assert len(fedsim.load(tmp_path / "killed").metrics) == 12
+    resumed = fedsim.resume(tmp_path / "killed")
+    assert (resumed.status, resumed.digest) == ("finished", straight.digest)
+    columns = [c for c in straight.metrics if c != "wall_seconds"]
+    assert resumed.metrics[columns].equals(straight.metrics[columns])
+
+
+def test_observing_and_saving_leave_the_bits_unchanged(tmp_path):
+    """Recording ten times as often, with checkpoints, gives the digest of a run that never looked."""
+    plain = {key: value for key, value in EVENTS.items() if key != "checkpoint"} | {"record": {"every": 12}}
+    often = EVENTS | {"record": {"every": 0.3}}
+    assert fedsim.run(plain, folder=tmp_path / "a").digest == fedsim.run(often, folder=tmp_path / "b").digest
+
+
+def test_a_folder_holds_what_a_reader_needs(tmp_path):
+    """scenario.yaml runs by itself to the same digest; run.json names versions, constants and provenance."""
+    result = fedsim.run(EVENTS, folder=tmp_path / "run")
+    again = fedsim.run(tmp_path / "run" / "scenario.yaml", folder=tmp_path / "again")
+    assert again.digest == result.digest
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["provenance"] == "paper"
+    assert facts["versions"]["torch"]
+    assert {c["name"] for c in facts["constants"]} >= {"chi1", "chi2", "gamma"}
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint", "metrics.parquet", "run.json", "scenario.yaml",
+    ]  # fmt: skip
+
+
+def test_the_summary_is_what_json_promises(tmp_path):
+    """`run --json`: folder, status, digest, totals and the last row of the metrics."""
+    summary = fedsim.run(EVENTS, folder=tmp_path / "run").summary()
+    assert list(summary) == ["folder", "status", "digest", "totals", "last"]
+    assert list(summary["totals"]) == ["gradients", "communications", "messages", "bytes", "queries", "wall_seconds"]
+    assert summary["last"]["time"] == 12
+    assert summary["totals"]["gradients"] == summary["last"]["gradients"] > 0
+    json.dumps(summary)
+
+
+def test_a_study_is_one_folder_per_run_and_one_digest(tmp_path):
+    """Variants and seeds run into folders of their own; the study's frame is long and its digest covers all."""
+    study = EVENTS | {"seeds": 2, "variants": {"a": {}, "b": {"algorithm.gamma": 0.01}}}
+    result = fedsim.run(study, folder=tmp_path / "s")
+    assert result.status == "finished"
+    assert [r.folder.name for r in result.runs] == ["a-seed0", "a-seed1", "b-seed0", "b-seed1"]
+    assert result.digest == fedsim.run(study, folder=tmp_path / "t").digest
+    assert len(result.metrics) == 4 * 13
+    assert list(result.metrics.columns[:2]) == ["variant", "seed"]
+    single = fedsim.run(EVENTS, folder=tmp_path / "one")
+    assert single.digest == result.runs[0].digest
+
+
+def test_two_algorithms_of_a_study_see_the_same_clocks(tmp_path):
+    """Variants share events: the same seed gives the same gradients and, at equal rates, communications."""
+    study = EVENTS | {"variants": {"a": {}, "b": {"algorithm": {"kind": "gossip_sgd", "step": 0.01}}}}
+    a, b = fedsim.run(study, folder=tmp_path / "s").runs
+    assert a.metrics["gradients"].diff()[1:].equals(b.metrics["gradients"].diff()[1:])
+
+
+def test_live_objects_run_without_a_file(tmp_path):
+    """A networkx graph, a problem object and an algorithm object are a scenario, too."""
+    graph = nx.grid_2d_graph(3, 4)
+    result = fedsim.run(
+        topology=graph, problem=quadratic(12, 5), algorithm=Tracking(0.1), schedule={"horizon": 300},
+        record={"every": 50}, folder=tmp_path / "live",
+    )  # fmt: skip
+    assert result.metrics["distance"].iloc[-1] < 1e-12
+    assert result.metrics["round"].tolist() == [0, 50, 100, 150, 200, 250, 300]
+
+
+def test_a_stop_condition_ends_the_run_and_is_named(tmp_path):
+    """The run ends at the first observation at which the condition holds, and says which one."""
+    result = fedsim.run(EVENTS | {"stop": {"gradients": 20}}, folder=tmp_path / "run")
+    assert result.facts["stopped_by"] == "gradients >= 20"
+    assert result.metrics["gradients"].iloc[-2] < 20 <= result.metrics["gradients"].iloc[-1]
+
+
+def test_a_diverging_run_stops_with_its_cause_and_keeps_its_metrics(tmp_path):
+    """A step far too large ends in `Diverged` with the likely cause; what was observed is readable."""
+    wild = EVENTS | {"algorithm": {"kind": "gossip_sgd", "step": 1e6}, "schedule": {"horizon": 400}}
+    with pytest.raises(Diverged, match="step"):
+        fedsim.run(wild, folder=tmp_path / "run")
+    result = fedsim.load(tmp_path / "run")
+    assert result.status == "failed"
+    assert "step" in result.facts["error"]
+    assert len(result.metrics) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"algorithm": {"kind": "continuized"}, "problem": BATCHES["problem"]}, "dual gradients"),
+        ({"problem": BATCHES["problem"] | {"l2": 0.0}}, "strong convexity"),
+        ({"record": {"metrics": ["distanc"]}}, "'distanc' is unknown.*did you mean 'distance'"),
+        ({"start": {"kind": "given", "value": [1.0]}}, r"shape \(1,\) given, \[3\]"),
+        ({"start": {"kind": "normal"}, "algorithm": {"kind": "dadao", "init": "theorem4"}}, "needs a common start"),
+        ({"topology": {"kind": "server", "n": 6}}, "rates"),
+        ({"stop": {"stationarity": 1e-3}}, "stop.stationarity: not among what this run records"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused_by_name(tmp_path, change, message):
+    """Each refusal says what is missing for what."""
+    with pytest.raises(InputError, match=message):
+        fedsim.run(EVENTS | change, folder=tmp_path / "run")
+
+
+def test_global_randomness_is_neither_used_nor_moved(tmp_path):
+    """NumPy's and torch's global generators stand where they stood, and their seeds do not matter."""
+    np.random.seed(1)  # noqa: NPY002 - the very thing that must not matter
+    torch.manual_seed(1)
+    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()  # noqa: NPY002
+    first = fedsim.run(BATCHES, folder=tmp_path / "a").digest
+    after = np.random.get_state()[1], torch.random.get_rng_state()  # noqa: NPY002
+    assert np.array_equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    np.random.seed(2)  # noqa: NPY002
+    assert fedsim.run(BATCHES, folder=tmp_path / "b").digest == first
+
+
+def test_metrics_can_be_read_while_they_are_written(tmp_path):
+    """Every observation is on disk when it was made; a torn last row costs that row only."""
+    recorder = Recorder(tmp_path)
+    for k in range(3):
+        recorder.append({"round": k, "loss": k / 2})
+        assert read_metrics(tmp_path).num_rows == k + 1
+    stream = tmp_path / "metrics.arrows"
+    stream.write_bytes(stream.read_bytes()[:-40])
+    assert read_metrics(tmp_path).num_rows == 2
+
+
+def cli(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "fedsim", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment
+    )
+
+
+def test_the_command_line_runs_resumes_compares_and_plots(tmp_path):
+    """run --json prints one object; compare and plot read the folder; exit code 0."""
+    file = tmp_path / "s.yaml"
+    file.write_text(json.dumps(EVENTS | {"variants": {"a": {}, "b": {"algorithm.gamma": 0.01}}}))
+    done = cli("run", file, "--json", "--folder", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert [r["variant"] for r in summary["runs"]] == ["a", "b"]
+    table = cli("compare", "out", "--to", "distance=1e-1", cwd=tmp_path)
+    assert "| a | 1 |" in table.stdout
+    drawn = cli("plot", "out", cwd=tmp_path)
+    assert [Path(line).suffix for line in drawn.stdout.split()] == [".png", ".svg"]
+    assert all((tmp_path / line).stat().st_size > 1000 for line in drawn.stdout.split())
+
+
+def test_a_mistake_exits_with_2_and_a_failed_run_with_1(tmp_path):
+    """Exit codes tell a wrong input from a run that failed; neither prints a traceback."""
+    file = tmp_path / "s.yaml"
+    file.write_text(json.dumps(EVENTS))
+    wrong = cli("run", file, "algorithm.gama=1", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean 'gamma'" in wrong.stderr
+    failed = cli("run", file, "algorithm={kind: gossip_sgd, step: 1e6}", "schedule.horizon=400", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "Traceback" not in wrong.stderr + failed.stderr
+    assert cli("run", "none.yaml", cwd=tmp_path).returncode == 2
+    assert cli("nonsense", cwd=tmp_path).returncode == 2
+
+
+def test_check_prints_constants_with_formulas_and_the_guarantee(tmp_path):
+    """check --json holds the derived constants, the rates and the bound with rate and prefactor apart."""
+    file = tmp_path / "s.yaml"
+    file.write_text(json.dumps(EVENTS))
+    facts = json.loads(cli("check", file, "--json", cwd=tmp_path).stdout)[0]
+    assert facts["problem"]["L"] == pytest.approx(10)
+    assert facts["guarantee"]["broken"] == []
+    assert facts["guarantee"]["rate"] == pytest.approx(1 / (8 * (2 * 10) ** 0.5))
+    assert facts["guarantee"]["prefactor"] == pytest.approx(4 * 111)
+    assert facts["rates"]["communications"] == pytest.approx((6 * 5 / (2 - 2 * np.cos(np.pi / 3))) ** 0.5)
+    text = cli("check", file, cwd=tmp_path).stdout
+    assert "1 / (4L)" in text
+    assert "mu / 2" in text
+
+
+def test_rates_prints_one_object_and_writes_a_file_that_a_scenario_uses(tmp_path):
+    """`fedsim rates --json` has the four schemes; the file it writes gives a run the same rates."""
+    table = json.loads(cli("rates", "grid:3,3", "--json", "--out", "r.csv", cwd=tmp_path).stdout)
+    assert (table["n"], table["edges"]) == (9, 12)
+    assert list(table["schemes"]) == ["uniform", "metropolis", "degree", "sdp"]
+    assert table["schemes"]["uniform"]["communications"] == pytest.approx(10.0995, rel=1e-4)
+    assert table["schemes"]["sdp"]["communications"] == pytest.approx(9.8337, rel=1e-4)
+    assert table["schemes"]["uniform"]["gap"] is None
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        json.dumps(EVENTS | {"topology": {"kind": "grid", "rows": 3, "columns": 3}, "rates": {"file": "r.csv"}})
+    )
+    facts = json.loads(cli("check", file, "--json", cwd=tmp_path).stdout)[0]
+    assert facts["rates"]["communications"] == pytest.approx(9.8337, rel=1e-4)
+
+
+def test_light_commands_import_nothing_heavy():
+    """--help, list and schema answer without torch, numba, scipy, pandas, cvxpy, networkx or pyplot."""
+    code = (
+        "import sys, contextlib, io\n"
+        "from fedsim.cli import app\n"
+        "for words in (['--help'], ['list'], ['schema']):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        app(words, standalone_mode=False)\n"
+        "heavy = {'torch', 'numba', 'scipy', 'pandas', 'cvxpy', 'matplotlib', 'networkx'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
