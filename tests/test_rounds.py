@@ -160,7 +160,7 @@ async def _ends_early(x, f):
 
 def test_blocks_that_disagree_end_the_run_by_name():
     """Control flow that depends on rows is an error that says what each block asked for, not a wrong number."""
-    with pytest.raises(RunError, match=r"block 0 asks for Mix\[.*\] of \(5,\), block .* for Mix"):
+    with pytest.raises(RunError, match=r"block 0 asks for Mix\[.*\] of \(5,\) float64, block .* for Mix"):
         player(Ask(_by_row), block=4).advance(1)
     with pytest.raises(RunError, match="ended, others ask on"):
         player(Ask(_ends_early), block=4).advance(1)
@@ -192,5 +192,5 @@ def test_a_state_must_say_what_its_fields_are():
 
 def test_more_processes_than_nodes_are_refused():
     """Every process must hold a node; the message says how many may be started."""
-    with pytest.raises(InputError, match="13 processes for 12 nodes.*start at most 12"):
+    with pytest.raises(InputError, match=r"13 processes for 12 nodes.*start at most 12"):
         Layout(build("torus:3,4"), rank=0, size=13)

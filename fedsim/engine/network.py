@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Sum
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
-from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.mixing import by_position, mix_rows
 from fedsim.engine.sums import tree_sum
 from fedsim.errors import RunError, Unsupported
 
@@ -31,6 +33,7 @@ class LocalNetwork:
         self._layout, self._blocks, self._counts = layout, blocks, counts
         self._csr = {name: by_position(matrix, layout.topology) for name, matrix in matrices.items()}
         self._degrees = layout.topology.degrees[layout.nodes]
+        self._places = np.arange(layout.rows, dtype=np.int64)
 
     def answer(self, requests: list[Request]) -> list[Any]:
         """Return each block's answer to its request; all blocks ask for the same thing.
@@ -38,7 +41,8 @@ class LocalNetwork:
         Raises:
             RunError: they do not.
         """
-        self._refuse_disagreement(requests)
+        if len(requests) > 1:
+            self._refuse_disagreement(requests)
         first = requests[0]
         if isinstance(first, Mix):
             return self._mix(requests, first.matrix)
@@ -49,21 +53,31 @@ class LocalNetwork:
         raise Unsupported(f"request {type(first).__name__} is not answered by this engine")
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
-        if matrix not in self._csr:
-            raise Unsupported(f"Mix: no matrix {matrix!r} here; there are {', '.join(self._csr) or 'none (no edges)'}")
-        offsets, columns, weights = self._csr[matrix]
+        offsets, columns, weights = self._matrix(matrix)
         values = [dense(r.v).detach().contiguous() for r in requests]
-        addresses = np.concatenate([addresses_of(v.numpy()) for v in values])
         self._charge_edges(requests, values)
-        answers = []
+        addresses, answers = self._addresses(values), []
         for rows, v in zip(self._blocks, values, strict=True):
-            out = np.empty((rows.stop - rows.start, v.shape[1]), v.numpy().dtype)
+            out = np.empty(tuple(v.shape), v.numpy().dtype)
             mix_rows(rows.start, offsets, columns, weights, addresses, out)
             answers.append(torch.from_numpy(out))
         return answers
 
+    def _matrix(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        if name not in self._csr:
+            have = ", ".join(self._csr) or "none, since nodes without edges meet in sums only"
+            raise Unsupported(f"this scenario has no matrix {name!r} for Mix or Gather (it has {have})")
+        return self._csr[name]
+
+    def _addresses(self, values: list[torch.Tensor]) -> NDArray[np.int64]:
+        """Return where every row begins; `values` are contiguous and must be kept alive."""
+        stride = values[0].shape[1] * values[0].element_size()
+        if len(values) == 1:
+            return values[0].data_ptr() + self._places * stride
+        return np.concatenate([v.data_ptr() + self._places[: len(v)] * stride for v in values])
+
     def _gather(self, requests: list[Any]) -> list[Gathered]:
-        offsets, columns, _ = self._csr["adjacency"]
+        offsets, columns, _ = self._matrix("adjacency")
         values = [dense(r.v) for r in requests]
         self._charge_edges(requests, values)
         everything = torch.cat(values) if len(values) > 1 else values[0]
@@ -95,11 +109,14 @@ class LocalNetwork:
         return float(tree_sum(kept[:, None], self._layout.lo, self._layout.n)[0])
 
     def _charge_edges(self, requests: list[Any], values: list[torch.Tensor]) -> None:
-        sizes = lengths(requests, values)
         edges = self._layout.topology.m
+        if isinstance(requests[0].v, torch.Tensor):
+            sent = 2 * edges * math.prod(values[0].shape[1:]) * values[0].element_size()
+        else:
+            sent = int((self._degrees * lengths(requests, values)).sum())
         self._counts.communications += edges
         self._counts.messages += 2 * edges
-        self._counts.bytes += int((self._degrees * sizes).sum())
+        self._counts.bytes += sent
         self._counts.exchanges += 1
 
     def _charge_sum(
@@ -148,7 +165,14 @@ def lengths(requests: list[Any], values: list[torch.Tensor]) -> NDArray[np.int64
 
 def describe(request: Request) -> str:
     """Return what a request asks for, without its rows: what all blocks and ranks must agree on."""
-    v = getattr(request, "v", None)
-    shape = "" if v is None else f" of {tuple(dense(v).shape[1:])}"
-    matrix = getattr(request, "matrix", "")
-    return f"{type(request).__name__}{f'[{matrix}]' if matrix else ''}{shape}"
+    v, matrix = getattr(request, "v", None), getattr(request, "matrix", "")
+    parts = [f"{type(request).__name__}{f'[{matrix}]' if matrix else ''}"]
+    if v is not None:
+        packed = "" if isinstance(v, torch.Tensor) else " packed"
+        parts.append(f"of {tuple(dense(v).shape[1:])} {str(dense(v).dtype).removeprefix('torch.')}{packed}")
+    if getattr(request, "weight", None) is not None:
+        parts.append("with weights")
+    mask = getattr(request, "rows", None)
+    if mask is not None:
+        parts.append(f"over {int(np.count_nonzero(mask))} nodes (mask {zlib.crc32(np.packbits(mask).tobytes()):08x})")
+    return " ".join(parts)

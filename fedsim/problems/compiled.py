@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numba import njit, types
+from numba.core.types import CompileResultWAP
 from numpy.typing import NDArray
 
 from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
@@ -40,6 +42,17 @@ def losses(function, slots, x, reals, ints, scratch, out):  # pragma: no cover -
         out[row] = function(slots[row], x[row if len(x) > 1 else 0], reals, ints, scratch)
 
 
+class Address:
+    """A compiled function as an argument of another: numba would look the function itself up at every call."""
+
+    def __init__(self, function: Any, signature: Any) -> None:
+        self._numba_type_ = types.FunctionType(signature)
+        self._address = CompileResultWAP(function.get_compile_result(signature)).__wrapper_address__()
+
+    def __wrapper_address__(self) -> int:
+        return self._address
+
+
 class CompiledProblem(Problem):
     """Base of problems that give `_gradient`, `_loss` (compiled) and their tables `_reals`, `_ints`.
 
@@ -52,6 +65,14 @@ class CompiledProblem(Problem):
     _ints: NDArray[np.int64]
     _scratch: int = 1
 
+    @cached_property
+    def _gradient_address(self) -> Address:
+        return Address(self._gradient, GRADIENT)
+
+    @cached_property
+    def _loss_address(self) -> Address:
+        return Address(self._loss, LOSS)
+
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
         rows = np.ascontiguousarray(x.detach().numpy())
@@ -59,14 +80,17 @@ class CompiledProblem(Problem):
         weights = np.empty((len(nodes), 0)) if batch is None else batch.weights
         out, scratch = np.empty_like(rows), np.empty(self._scratch)
         slots = np.ascontiguousarray(nodes, dtype=np.int64)
-        gradients(self._gradient, slots, rows, indices, weights, self._reals, self._ints, scratch, out)
+        function = self._gradient_address
+        gradients(function, slots, rows, indices, weights, self._reals, self._ints, scratch, out)
         return torch.from_numpy(out)
 
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `f_i(x_i)` `[rows]`."""
         out, scratch = np.empty(len(nodes)), np.empty(self._scratch)
         rows = np.ascontiguousarray(x.detach().numpy())
-        losses(self._loss, np.ascontiguousarray(nodes, dtype=np.int64), rows, self._reals, self._ints, scratch, out)
+        losses(
+            self._loss_address, np.ascontiguousarray(nodes, dtype=np.int64), rows, self._reals, self._ints, scratch, out
+        )
         return torch.from_numpy(out)
 
     def compiled(self, nodes: Nodes) -> CompiledObjective:
