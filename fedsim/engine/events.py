@@ -16,6 +16,7 @@ from fedsim.engine.counts import Counts
 from fedsim.engine.flow import Flow
 from fedsim.engine.gradients import RowGradients
 from fedsim.engine.sums import tree_sum
+from fedsim.engine.waves import Waves
 from fedsim.errors import Diverged, InputError
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class Events:
             rules: plain.Rules = plain.FunctionRules(self._algorithm)
         elif self.player == "kernel":
             return self._kernel()
+        elif self.player == "waves":
+            return Waves(self._table, self._flow, self._gradients, self.state).play
         else:
             rules = plain.TableRules(self._table, self._flow, self._gradients)
         return lambda batch: plain.play(rules, self._gradients, self.state, batch)

@@ -259,16 +259,29 @@ def _elapse(state, table, i, t, flow, at):  # pragma: no cover - compiled
 
 
 @njit
+def _write_jump(table, jump, e):  # pragma: no cover - compiled
+    """Write what an exchange over edge e adds to each variable, per unit of difference."""
+    for a in range(len(jump)):
+        jump[a] = table.gossip_jump[a]
+        if len(table.edge_scale) > 0:
+            jump[a] += table.edge_scale[e] * table.edge_jump[a]
+
+
+@njit
+def _meet(depth, i, j):  # pragma: no cover - compiled
+    """An exchange comes after all that either end has seen."""
+    steps = max(depth[i], depth[j]) + 1
+    depth[i], depth[j] = steps, steps
+
+
+@njit
 def gossip(state, table, room, i, j, e, t, key):  # pragma: no cover - compiled
     """Exchange messages between rows i and j over edge e; return whether their difference is finite."""
     k, dim, v, good = len(key), len(room.x), state.v, True
     own, other, old, m, m_other, jump, flow = room.own, room.other, room.old, room.m, room.m_other, room.jump, room.flow
     moves_i = _elapse(state, table, i, t, flow, 0)
     moves_j = _elapse(state, table, j, t, flow, k * k)
-    for a in range(k):
-        jump[a] = table.gossip_jump[a]
-        if len(table.edge_scale) > 0:
-            jump[a] += table.edge_scale[e] * table.edge_jump[a]
+    _write_jump(table, jump, e)
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
         padded = (size + _LANES - 1) & -_LANES
@@ -284,9 +297,22 @@ def gossip(state, table, room, i, j, e, t, key):  # pragma: no cover - compiled
                 _add(other, a * TILE, -jump[a], m, 0, padded)
         _store(v, i * k * dim + lo, dim, own, size, key)
         _store(v, j * k * dim + lo, dim, other, size, key)
-    depth = max(state.depth[i], state.depth[j]) + 1
-    state.depth[i], state.depth[j] = depth, depth
+    _meet(state.depth, i, j)
     return good
+
+
+@njit
+def move(state, table, room, i, j, e, key):  # pragma: no cover - compiled
+    """End an exchange of dual gradients, i's in `room.g`, j's in `room.x`; return whether they differ by finite values."""
+    dim, v, jump = len(room.x), state.v, room.jump
+    _add(room.g, 0, -1.0, room.x, 0, dim)
+    _write_jump(table, jump, e)
+    for a in range(len(key)):
+        if jump[a] != 0.0:
+            _add(v, (i * len(key) + a) * dim, jump[a], room.g, 0, dim)
+            _add(v, (j * len(key) + a) * dim, -jump[a], room.g, 0, dim)
+    _meet(state.depth, i, j)
+    return _finite(room.g, dim)
 
 
 @njit

@@ -51,13 +51,14 @@ class Rules(Protocol):
 
 def play(rules: Rules, gradients: RowGradients, state: State, batch: Batch) -> int:
     """Play a batch of events; return the place of the first at which something was not finite, or -1."""
-    for event, (t, i, j, edge) in enumerate(zip(*batch, strict=True)):
-        if j < 0:
-            good = _gradient(rules, gradients, state, int(i), t)
-        else:
-            good = _gossip(rules, state, int(i), int(j), int(edge), t)
-        if not good:
-            return event
+    with np.errstate(all="ignore"):
+        for event, (t, i, j, edge) in enumerate(zip(*batch, strict=True)):
+            if j < 0:
+                good = _gradient(rules, gradients, state, int(i), t)
+            else:
+                good = _gossip(rules, state, int(i), int(j), int(edge), t)
+            if not good:
+                return event
     return -1
 
 
