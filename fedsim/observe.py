@@ -49,6 +49,7 @@ class Observer:
 
     def _metric(self, name: str, x: torch.Tensor, mean: torch.Tensor) -> float:
         if name == "distance":
+            assert self._optimum is not None
             return self._mean_square(x - self._optimum)
         if name == "consensus":
             return self._mean_square(x - mean)

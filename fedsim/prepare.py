@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.algorithms.algorithm import Algorithm, SyncAlgorithm
+from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine.layout import Layout
 from fedsim.errors import InputError
 from fedsim.setting import RunSetting
@@ -202,6 +202,7 @@ def _without_diagonal(matrix: Any) -> Any:
 def _events(p: Prepared, x0: torch.Tensor) -> Player:
     from fedsim.engine.events import Events
 
+    assert isinstance(p.algorithm, DynamicsAlgorithm | EventAlgorithm)
     return Events(
         p.algorithm,
         p.setting,

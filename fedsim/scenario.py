@@ -216,7 +216,7 @@ def _seeds(merged: dict[str, Any], mistakes: _Mistakes) -> list[int]:
         return [0]
     if isinstance(seeds, list) and seeds and all(_whole(s) and s >= 0 for s in seeds):
         return seeds
-    if not _whole(seeds) or seeds < 1:
+    if not isinstance(seeds, int) or not _whole(seeds) or seeds < 1:
         mistakes.add(("seeds",), f"{seeds!r} given; a number of seeds (at least 1) or a list of seeds is needed")
         return [first]
     return list(range(first, first + seeds))

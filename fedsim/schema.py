@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def _rates_keys() -> dict[str, Any]:
     return {**rest, "scale": {"enum": ["theory", "none"]}}
 
 
-def _kinds(names: list[str], keys: dict[str, Any]) -> dict[str, Any]:
-    own = {"kind": {"enum": names}, "file": {"type": "string"}, **keys}
+def _kinds(names: Sequence[str], keys: dict[str, Any]) -> dict[str, Any]:
+    own = {"kind": {"enum": list(names)}, "file": {"type": "string"}, **keys}
     return {"type": "object", "properties": own, "additionalProperties": False}
 
 

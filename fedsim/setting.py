@@ -47,12 +47,12 @@ class RunSetting:
         """Length of a model."""
         return self.problem.dim
 
-    @cached_property
+    @property
     def L(self) -> float | None:
         """`max_i L_i`, or None where unknown."""
         return None if self.problem.L is None else float(np.max(self.problem.L))
 
-    @cached_property
+    @property
     def mu(self) -> float | None:
         """`min_i mu_i`, or None where unknown."""
         return None if self.problem.mu is None else float(np.min(self.problem.mu))
@@ -86,25 +86,37 @@ class RunSetting:
         """Half the largest effective resistance over edges of the rates' Laplacian."""
         return self.chi.chi2
 
-    @cached_property
+    @property
     def laplacian_eigenvalues(self) -> tuple[float, float]:
         """Smallest positive and largest eigenvalue of the unweighted Laplacian."""
+        return self._laplacian_eigenvalues
+
+    @cached_property
+    def _laplacian_eigenvalues(self) -> tuple[float, float]:
         from fedsim.topology.spectral import laplacian_eigenvalues
 
         self.require("this algorithm", "edges")
         return laplacian_eigenvalues(self.topology)
 
-    @cached_property
+    @property
     def mixing_gap(self) -> float:
         """`1 - max(|lambda_2|, |lambda_n|)` of the mixing matrix."""
+        return self._mixing_gap
+
+    @cached_property
+    def _mixing_gap(self) -> float:
         from fedsim.topology.spectral import mixing_gap
 
         self.require("this algorithm", "mixing")
         return mixing_gap(self.mixing, self.topology)
 
-    @cached_property
+    @property
     def resistances(self) -> NDArray[np.float64]:
         """float64 `[m]`, effective resistance of each edge under the rates' Laplacian."""
+        return self._resistances
+
+    @cached_property
+    def _resistances(self) -> NDArray[np.float64]:
         from fedsim.topology.spectral import resistances
 
         return resistances(self.topology, self.rates)

@@ -154,14 +154,19 @@ def with_momentum(table: Dynamics, step: float, momentum: float) -> Dynamics:
     k = table.k
     gradient_map = np.eye(k + 1)
     gradient_map[:, k] = [-step * momentum] * k + [momentum]
-    pad = {
-        name: np.append(getattr(table, name), 0.0) for name in ("point", "residual", "message", "gossip_jump", "output")
-    }
+
+    def padded(row: np.ndarray) -> np.ndarray:
+        return np.append(row, 0.0)
+
     return Dynamics(
         variables=(*table.variables, "b"),
         flow=np.pad(table.flow, ((0, 1), (0, 1))),
+        point=padded(table.point),
+        residual=padded(table.residual),
         gradient_jump=np.append(table.gradient_jump, 1.0),
+        message=padded(table.message),
+        gossip_jump=padded(table.gossip_jump),
         start=np.vstack([table.start, np.zeros(3)]),
+        output=padded(table.output),
         gradient_map=gradient_map,
-        **pad,
     )

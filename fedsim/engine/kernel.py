@@ -303,7 +303,7 @@ def gossip(state, table, room, i, j, e, t, key):  # pragma: no cover - compiled
 
 @njit
 def move(state, table, room, i, j, e, key):  # pragma: no cover - compiled
-    """End an exchange of dual gradients, i's in `room.g`, j's in `room.x`; return whether they differ by finite values."""
+    """End an exchange of dual gradients, i's in `room.g`, j's in `room.x`; return whether finite."""
     dim, v, jump = len(room.x), state.v, room.jump
     _add(room.g, 0, -1.0, room.x, 0, dim)
     _write_jump(table, jump, e)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ TILE = 1024  # columns of one pass: the sum of a row stays in the first-level ca
 
 
 @intrinsic
-def _pointer(_context: Any, _address: Any, like: Any) -> Any:
+def _pointer(_context: Any, _address: Any, like: Any = None) -> Any:
     """Return a pointer to numbers of the type of `like` at an address."""
     target = types.CPointer(like.dtype)
 

@@ -59,9 +59,8 @@ class LeastSquares(RecordsProblem):
         super().__init__(data, data.labels, parts, l2, weights)
         self.kind, self.dim = kind, self.features.shape[1]
         low, high = self.spectra().T
-        self.L, self.mu = self.scale * (2 * high + l2), self.scale * (2 * low + l2)
-        rank_floor = 1e-12 * self.scale * (2 * high + l2)
-        self.mu = np.where(self.mu > rank_floor, self.mu, 0.0)
+        largest, least = self.scale * (2 * high + l2), self.scale * (2 * low + l2)
+        self.L, self.mu = largest, np.where(least > 1e-12 * largest, least, 0.0)
         self._inverse: dict[int, np.ndarray] = {}
 
     def optimum(self) -> torch.Tensor | None:

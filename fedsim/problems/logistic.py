@@ -60,7 +60,7 @@ class Logistic(RecordsProblem):
         super().__init__(data, data.signs, parts, l2, weights)
         self.dim = self.features.shape[1]
         self.L = self.scale * (self.spectra()[:, 1] / 4 + l2)
-        self.mu = self.scale * l2
+        self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
 
     def optimum(self) -> torch.Tensor | None:
@@ -146,7 +146,7 @@ class Multinomial(RecordsProblem):
         self.classes = int(self._ints[3])
         self.dim, self._scratch = self.classes * self.features.shape[1], self.classes
         self.L = self.scale * (self.spectra()[:, 1] / 2 + l2)
-        self.mu = self.scale * l2
+        self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
 
     def optimum(self) -> torch.Tensor | None:

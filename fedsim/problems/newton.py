@@ -50,9 +50,9 @@ def minimise(gradient: Callable[[Vector], Vector], hessian: Callable[[Vector], A
 
 
 def _solve(hessian: Any, g: Vector, norm: float) -> Vector:
-    if callable(hessian):
+    if not isinstance(hessian, np.ndarray):
         return _conjugate_gradients(hessian, g, 1e-10 * norm)
-    return np.linalg.solve(hessian, g)
+    return np.asarray(np.linalg.solve(hessian, g), dtype=np.float64)
 
 
 def _conjugate_gradients(product: Callable[[Vector], Vector], g: Vector, tolerance: float) -> Vector:

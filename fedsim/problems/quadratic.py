@@ -72,12 +72,12 @@ class Quadratic(CompiledProblem):
         self._ints = np.concatenate([[self.dim, self.n, curvature[0].size], np.arange(self.n)]).astype(np.int64)
         if extremes is None:
             values = np.sort(curvature, axis=1) if self.diagonal else np.linalg.eigvalsh(curvature)
-            extremes = values[:, [0, -1]]
-        self.mu, self.L = np.ascontiguousarray(extremes[:, 0]), np.ascontiguousarray(extremes[:, 1])
-        if not (self.mu > 0).all():
-            node = int(np.argmin(self.mu))
+            extremes = np.asarray(values[:, [0, -1]], dtype=np.float64)
+        self.mu, self.L = least, _ = np.ascontiguousarray(extremes.T)
+        if not (least > 0).all():
+            node = int(np.argmin(least))
             raise InputError(
-                f"problem {self.kind}: node {node}'s curvature has the eigenvalue {self.mu[node]:g}; > 0 needed"
+                f"problem {self.kind}: node {node}'s curvature has the eigenvalue {least[node]:g}; > 0 needed"
             )
 
     def optimum(self) -> torch.Tensor:

@@ -74,14 +74,15 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def _cell(row: pd.Series, column: str) -> str:
-    value = row[column]
+    numbers = {str(name): float(v) for name, v in row.items()}
+    value, runs = numbers[column], int(numbers["runs"])
     if column == "runs":
-        return str(int(value))
-    if "reached" in row and row["reached"] < row["runs"]:
-        return f"not reached ({int(row['runs'] - row['reached'])} of {int(row['runs'])})"
+        return str(runs)
+    if numbers.get("reached", runs) < runs:
+        return f"not reached ({runs - int(numbers['reached'])} of {runs})"
     if np.isnan(value):
         return "-"
-    low, high = row.get(f"{column}_q1"), row.get(f"{column}_q3")
+    low, high = numbers.get(f"{column}_q1"), numbers.get(f"{column}_q3")
     spread = "" if low is None or high is None or low == high else f" [{_short(low)}, {_short(high)}]"
     return _short(value) + spread
 

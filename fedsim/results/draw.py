@@ -29,7 +29,7 @@ def draw_rates(topology: Topology, schemes: dict[str, NDArray[np.float64]], out:
     import matplotlib.pyplot as plt
 
     places = node_places(topology)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(rc=_STYLE):
         figure, axes = plt.subplots(1, len(schemes), figsize=(3.4 * len(schemes), 3.5), squeeze=False)
         for axis, (name, rates) in zip(axes[0], schemes.items(), strict=True):
             _graph(axis, topology, places, rates)
@@ -46,7 +46,7 @@ def draw_partition(table: NDArray[np.int64], labels: list[str], out: Path) -> li
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(rc=_STYLE):
         figure, axis = plt.subplots(figsize=(7, 2.8))
         bottom = np.zeros(len(table))
         for index, label in enumerate(labels):

@@ -67,7 +67,7 @@ def plot(
     costs = [against] if isinstance(against, str) else list(against or _default_costs(result))
     for column in (metric, *costs):
         _refuse_missing(result, column)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(rc=_STYLE):
         figure, axes = plt.subplots(1, len(costs), figsize=(3.5 * len(costs) + 0.4, 3.4), sharey=True, squeeze=False)
         for axis, cost in zip(axes[0], costs, strict=True):
             _panel(axis, result, metric, cost, theory)
@@ -234,7 +234,7 @@ def _common_goal(result: Result | StudyResult, metric: str) -> float | None:
     return float(level) if level < start else None
 
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "figure.dpi": 160,
     "figure.constrained_layout.use": True,
     "font.size": 9,
