@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fedsim.digest import combined, digest
 from fedsim.engine.counts import Counts
 from fedsim.errors import Diverged, FedsimError, InputError
+from fedsim.observe import Observer
+from fedsim.prepare import Live, folder_for, prepare
 from fedsim.results.folder import RunFolder, write_whole
 from fedsim.results.recorder import Recorder
 from fedsim.results.result import STUDY, Result, StudyResult, load
@@ -20,7 +22,7 @@ from fedsim.results.result import STUDY, Result, StudyResult, load
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
     from fedsim.engine.player import Player
-    from fedsim.prepare import Live, Prepared
+    from fedsim.prepare import Prepared
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
@@ -46,7 +48,7 @@ def run(
         scenario: a file, a dictionary of its sections, or None when objects are given.
         overrides: `"algorithm.gamma=0.1"` strings or a dictionary of dotted keys.
         short: play the scenario's `short` form.
-        folder: where the results go (default `runs/NAME`, numbered when it exists).
+        folder: where the results go (default `runs/NAME`, numbered when it exists); it must not hold results.
         topology, problem, algorithm: live objects that replace the sections; a networkx graph is a topology.
         progress: called with (run, now, horizon, last metrics) after every observation.
         sections: further sections as keyword arguments (`schedule={"horizon": 50}`).
@@ -56,7 +58,6 @@ def run(
         Diverged: a state that is no longer finite; the results up to there are in the folder.
     """
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.prepare import Live, folder_for
     from fedsim.scenario import Study, load_study
 
     prepare_machine()
@@ -67,6 +68,7 @@ def run(
         source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
         study = load_study(source, overrides=overrides, short=short, live=live)
     root = Path(folder) if folder else folder_for(study.name, Path("runs"))
+    _refuse_results(root)
     if len(study.runs) == 1:
         return run_one(study.runs[0], root, live, progress=progress)
     return run_study(study, root, live, progress)
@@ -81,19 +83,33 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
     found = load(folder)
     for result in found.runs:
         if result.status != "finished":
-            scenario = load_study(result.folder / "scenario.yaml").runs[0]
+            base = Path(result.facts["base"])
+            scenario = load_study(result.folder / "scenario.yaml", base=base).runs[0]
             run_one(scenario, result.folder, progress=progress, again=True, variant=result.facts.get("variant"))
     return _with_digest(StudyResult(found.folder)) if isinstance(found, StudyResult) else Result(found.folder)
 
 
 def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -> StudyResult:
-    """Play every run of a study into a folder each; runs share what their scenarios have in common."""
+    """Play every run of a study into a folder each; runs share what their scenarios have in common.
+
+    The first runs are timed. When the rest would take long and cores are free, they go side by side, each in a
+    process of its own; the results are the same.
+    """
+    from fedsim.side_by_side import play_all, worth_it
+
     shared: dict[str, Any] = {}
+    for scenario in {run.variant: run for run in reversed(study.runs)}.values():
+        _observer(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
     root.mkdir(parents=True, exist_ok=True)
     names = [scenario.folder for scenario in study.runs]
     write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
-    failures = []
-    for scenario in study.runs:
+    failures, waiting, clock = [], list(study.runs), time.perf_counter()
+    while waiting:
+        done = len(study.runs) - len(waiting)
+        if live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
+            failures += play_all(waiting, root, progress)
+            break
+        scenario = waiting.pop(0)
         try:
             run_one(scenario, root / scenario.folder, live, shared, progress)
         except Diverged as error:
@@ -114,9 +130,8 @@ def run_one(
     variant: str | None = None,
 ) -> Result:
     """Play one run into `root`; `again` goes on from its checkpoint."""
-    from fedsim.prepare import prepare
-
     prepared = prepare(scenario, live, shared)
+    observer = _observer(prepared)
     files = RunFolder(root)
     if not again:
         files.clear()
@@ -132,7 +147,7 @@ def run_one(
     files.write_run(facts)
     wall = saved[1]["wall_seconds"] if saved else 0.0
     try:
-        facts["stopped_by"] = _play(prepared, player, recorder, files, wall, progress)
+        facts["stopped_by"] = _play(prepared, player, observer, recorder, files, wall, progress)
         facts["status"] = "finished"
     except KeyboardInterrupt:
         facts["status"] = "interrupted"
@@ -150,13 +165,16 @@ def run_one(
 
 
 def _play(
-    p: Prepared, player: Player, recorder: Recorder, files: RunFolder, wall: float, progress: Progress | None
+    p: Prepared,
+    player: Player,
+    observer: Observer,
+    recorder: Recorder,
+    files: RunFolder,
+    wall: float,
+    progress: Progress | None,
 ) -> str:
     """Play, observe and checkpoint to the end; return what ended the run."""
-    from fedsim.observe import Observer
-
     s = p.scenario
-    observer = Observer(p.problem, p.layout, s.record.get("metrics"), s.record.get("step"))
     horizon, done = float(s.schedule["horizon"]), len(recorder)
     every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
     next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
@@ -202,8 +220,6 @@ def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | Non
     """Return the condition that holds: a metric at most, a count at least, its bound."""
     for name, bound in (conditions or {}).items():
         key = {"seconds": "wall_seconds"}.get(name, name)
-        if key not in row:
-            raise InputError(f"stop.{name}: not among what this run records ({', '.join(row)})")
         at_least = key in _COUNTS
         if row[key] >= bound if at_least else row[key] <= bound:
             return f"{name} {'>=' if at_least else '<='} {bound:g}"
@@ -222,6 +238,23 @@ def _refuse_divergence(row: dict[str, Any], target: float) -> None:
         )
 
 
+def _observer(p: Prepared) -> Observer:
+    """Return what observes the run, after checking that it records every condition of `stop`."""
+    record = p.scenario.record
+    observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"))
+    recorded = (*observer.names, *sorted(_COUNTS), "seconds")
+    for name in p.scenario.stop or {}:
+        if name not in recorded:
+            raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
+    return observer
+
+
+def _refuse_results(root: Path) -> None:
+    for name in ("run.json", STUDY):
+        if (root / name).exists():
+            raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
+
+
 def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -234,6 +267,7 @@ def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
         "name": p.scenario.name,
         "variant": variant,
         "seed": p.scenario.seed,
+        "base": str(p.scenario.base),
         "scenario_digest": p.scenario.digest(),
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
         "machine": {"platform": platform.platform(), **prepare_machine()},

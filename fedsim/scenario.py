@@ -107,6 +107,7 @@ def load_study(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     short: bool = False,
     live: Live | None = None,
+    base: Path | None = None,
 ) -> Study:
     """Read, override and check a scenario; order of overrides: file, variant, short, then these.
 
@@ -115,6 +116,7 @@ def load_study(
         overrides: `"algorithm.gamma=0.1"` strings, or dotted keys and values.
         short: apply the scenario's `short` block.
         live: objects that replace the sections topology, problem, algorithm.
+        base: folder that relative files are looked up from (default: the scenario's own).
 
     Raises:
         InputError: one report of all mistakes, each with file, line and key.
@@ -122,10 +124,10 @@ def load_study(
     if isinstance(source, str | Path):
         file = Path(source)
         content, lines = read_yaml(file)
-        base, name = file.resolve().parent, file.stem
+        base, name = base or file.resolve().parent, file.stem
     else:
         content, lines, file = copy.deepcopy(dict(source)), {}, Path("scenario")
-        base, name = Path.cwd(), "run"
+        base, name = base or Path.cwd(), "run"
     mistakes = _Mistakes(str(source) if isinstance(source, str | Path) else "scenario", lines)
     _refuse_unknown_keys(content, mistakes)
     given = tuple(s for s in ("topology", "problem", "algorithm") if live and getattr(live, s) is not None)

@@ -268,3 +268,32 @@ def test_light_commands_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_long_study_runs_side_by_side_to_the_same_digest(tmp_path, monkeypatch):
+    """Runs in processes of their own give the digests of runs one after another; one that fails is named."""
+    import fedsim.side_by_side
+
+    study = EVENTS | {"seeds": 3}
+    alone = fedsim.run(study, folder=tmp_path / "alone")
+    monkeypatch.setattr(fedsim.side_by_side, "LONG", 0.0)
+    monkeypatch.setenv("FEDSIM_CORES", "2")
+    together = fedsim.run(study, folder=tmp_path / "together")
+    assert (together.status, together.digest) == ("finished", alone.digest)
+    wild = EVENTS | {"schedule": {"horizon": 400}, "variants": {
+        "fine": {}, "wild": {"algorithm": {"kind": "gossip_sgd", "step": 1e6}}, "also fine": {}}}  # fmt: skip
+    with pytest.raises(Diverged, match=r"wild-seed0: .*step"):
+        fedsim.run(wild, folder=tmp_path / "wild")
+    assert [r.status for r in fedsim.load(tmp_path / "wild").runs] == ["finished", "failed", "finished"]
+
+
+def test_results_are_never_overwritten(tmp_path):
+    """A folder that holds results is refused, and a mistake in any variant is found before anything is played."""
+    fedsim.run(EVENTS, folder=tmp_path / "run")
+    with pytest.raises(InputError, match="holds the results of an earlier run"):
+        fedsim.run(EVENTS, folder=tmp_path / "run")
+    with pytest.raises(InputError, match="strong convexity"):
+        fedsim.run(
+            EVENTS | {"variants": {"a": {}, "b": {"problem": BATCHES["problem"] | {"l2": 0.0}}}}, folder=tmp_path / "s"
+        )
+    assert not (tmp_path / "s").exists()
