@@ -8,6 +8,8 @@ import sys
 from functools import cache
 from typing import Any
 
+from fedsim.errors import InputError
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -18,11 +20,14 @@ def prepare() -> dict[str, Any]:
     Returns:
         What was set and found, for `run.json`. `MKL_CBWR` must precede MKL's first call: where torch was used
         before, it is only recorded. `FEDSIM_THREADS` gives torch more threads (and may change bits).
+
+    Raises:
+        InputError: `FEDSIM_THREADS` is not a number of threads.
     """
     mkl = os.environ.setdefault("MKL_CBWR", f"{_instruction_set()},STRICT")
     import torch
 
-    threads = int(os.environ.get("FEDSIM_THREADS", "1"))
+    threads = _threads()
     torch.set_num_threads(threads)
     _limit_blas(threads)
     return {
@@ -31,6 +36,13 @@ def prepare() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "memory_kept": _keep_memory(),
     }
+
+
+def _threads() -> int:
+    given = os.environ.get("FEDSIM_THREADS", "1")
+    if not given.isdigit() or int(given) < 1:
+        raise InputError(f"FEDSIM_THREADS: {given!r} given; a whole number of at least 1 is needed (leave it out: 1)")
+    return int(given)
 
 
 def _limit_blas(threads: int) -> None:
