@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ class FlowTable(NamedTuple):
             imaginary part is positive; empty: `exp(A t)` is found by squaring.
         balanced: float64 `[k, k]`, `D^-1 A D`; zero where nothing flows.
         scale: float64 `[k]`, the diagonal of D (powers of two).
+        work: float64 `[3, k, k]`, room for squaring.
     """
 
     exponents: Matrix
@@ -37,6 +39,7 @@ class FlowTable(NamedTuple):
     modes: NDArray[np.float64]
     balanced: Matrix
     scale: NDArray[np.float64]
+    work: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +48,13 @@ class Flow:
 
     Attributes:
         generator: A. still: True where A = 0, so that nothing flows. table: what compiled code evaluates.
+        pattern: bool `[k, k]`, where `exp(A t)` can differ from 0: which variable depends on which.
         error: largest difference between modes and squaring over the checked times, relative to max(1, |exp(A t)|).
     """
 
     generator: Matrix
     still: bool
+    pattern: NDArray[np.bool_]
     table: FlowTable
     error: float
 
@@ -64,15 +69,16 @@ class Flow:
 
         generator = np.ascontiguousarray(generator, dtype=np.float64)
         balanced, (scale, _) = matrix_balance(generator, permute=False, separate=True)
+        pattern = _pattern(generator)
         squaring = _squaring(np.ascontiguousarray(balanced), np.ascontiguousarray(scale))
         if not generator.any():
-            return cls(generator, True, squaring, 0.0)
-        tried = [_modes(squaring, tolerance) for tolerance in _CLUSTER_TOLERANCES]
+            return cls(generator, True, pattern, squaring, 0.0)
+        tried = [_modes(squaring, pattern, tolerance) for tolerance in _CLUSTER_TOLERANCES]
         errors = [_difference(table, squaring) for table in tried]
         best = int(np.argmin(errors))
         if errors[best] > SQUARING_ACCURACY:
-            return cls(generator, False, squaring, 0.0)
-        return cls(generator, False, tried[best], errors[best])
+            return cls(generator, False, pattern, squaring, 0.0)
+        return cls(generator, False, pattern, tried[best], errors[best])
 
     def at(self, t: float) -> Matrix:
         """Return `exp(A t)`, `[k, k]`, the very numbers that the players use."""
@@ -81,7 +87,7 @@ class Flow:
 
 def _evaluate(table: FlowTable, t: float) -> Matrix:
     out = np.empty(table.balanced.size)
-    flow_matrix(*table, t, out, 0)
+    _write(table, t, out)
     return out.reshape(table.balanced.shape)
 
 
@@ -98,14 +104,24 @@ def _difference(table: FlowTable, reference: FlowTable) -> float:
 
 
 def _squaring(balanced: Matrix, scale: NDArray[np.float64]) -> FlowTable:
-    return FlowTable(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0), balanced, scale)
+    return FlowTable(
+        np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0), balanced, scale, np.zeros((3, *balanced.shape))
+    )
 
 
-def _modes(squaring: FlowTable, tolerance: float) -> FlowTable:
-    """Return the modes for eigenvalues clustered at a relative tolerance."""
+def _pattern(generator: Matrix) -> NDArray[np.bool_]:
+    """Return which powers of A are not zero at each entry: what is reached by going along A's entries."""
+    reached = np.eye(len(generator), dtype=bool) | (generator != 0.0)
+    for _ in range(len(generator)):
+        reached = reached | ((reached.astype(int) @ reached.astype(int)) > 0)
+    return reached
+
+
+def _modes(squaring: FlowTable, pattern: NDArray[np.bool_], tolerance: float) -> FlowTable:
+    """Return the modes for eigenvalues clustered at a relative tolerance, with exact zeros outside the pattern."""
     exponents, powers, modes = [], [], []
     eigenvalues = np.linalg.eigvals(squaring.balanced).astype(np.complex128)
-    weight = squaring.scale[:, None] / squaring.scale[None, :]
+    weight = np.where(pattern, squaring.scale[:, None] / squaring.scale[None, :], 0.0)
     for centre, members in _clusters(eigenvalues, tolerance):
         if centre.imag < 0.0:
             continue
@@ -121,8 +137,7 @@ def _modes(squaring: FlowTable, tolerance: float) -> FlowTable:
         np.array(exponents, dtype=np.float64).reshape(-1, 2),
         np.array(powers, dtype=np.int64),
         np.array(modes).ravel(),
-        squaring.balanced,
-        squaring.scale,
+        *squaring[3:],
     )
 
 
@@ -171,15 +186,18 @@ def _terms(
     return terms
 
 
-# Whole arrays and unsigned places in them, instead of slices: numba's reference counting would cost more than the sums.
+# Functions that allocate nothing are compiled without numba's reference counting, which would cost more than the sums
+# they do; places in arrays are unsigned, so that the compiler sees that none is negative, and vectorises.
+lean = partial(njit, _nrt=False, error_model="numpy")
 
 
-@njit(cache=True, error_model="numpy")
-def flow_matrix(exponents, powers, modes, balanced, scale, t, out, at):  # pragma: no cover - compiled
-    """Write `exp(A t)` row by row into `out[at : at + k * k]`; the arrays are those of a `FlowTable`."""
-    size = len(scale) * len(scale)
+@lean
+def flow_matrix(table, t, out, at):  # pragma: no cover - compiled
+    """Write `exp(A t)` row by row into `out[at : at + k * k]`; `table` is a `FlowTable`."""
+    exponents, powers, modes = table.exponents, table.powers, table.modes
+    size = len(table.scale) * len(table.scale)
     if len(powers) == 0:
-        squared(balanced, scale, t, out, at)
+        squared(table.balanced, table.scale, table.work, t, out, at)
         return
     for i in range(size):
         out[_u(at) + _u(i)] = 0.0
@@ -198,37 +216,53 @@ def flow_matrix(exponents, powers, modes, balanced, scale, t, out, at):  # pragm
             real *= t
 
 
-@njit
+@lean
 def _add(out, at, factor, values, start, size):  # pragma: no cover - compiled
     for i in range(size):
         out[_u(at) + _u(i)] += factor * values[_u(start) + _u(i)]
 
 
-@njit(cache=True, error_model="numpy")
-def squared(balanced, scale, t, out, at):  # pragma: no cover - compiled
+@lean
+def squared(balanced, scale, work, t, out, at):  # pragma: no cover - compiled
     """The same by squaring `F = exp - 1`, `F <- 2 F + F^2`, which keeps the digits that `E^2` would lose."""
-    k = len(scale)
+    k, step, f, product = len(scale), work[0], work[1], work[2]
     norm = 0.0
     for i in range(k):
-        norm = max(norm, np.abs(balanced[i]).sum() * abs(t))
-    doublings = max(0, math.ceil(math.log2(norm / 0.5))) if norm > 0.0 else 0
-    step = balanced * (t / 2.0**doublings)
-    f = step / _TERMS
+        row = 0.0
+        for j in range(k):
+            row += abs(balanced[i, j] * t)
+        norm = max(norm, row)
+    doublings = max(0, math.ceil(math.log2(2.0 * norm))) if norm > 0.0 else 0
+    _combine(step, t / 2.0**doublings, balanced, 0.0, balanced)
+    _combine(f, 1.0 / _TERMS, step, 0.0, step)
     for term in range(_TERMS - 1, 0, -1):  # Horner: X/1 (1 + X/2 (1 + X/3 (...)))
-        f = _times(step, f) / term + step / term
+        _times(step, f, product)
+        _combine(f, 1.0 / term, product, 1.0 / term, step)
     for _ in range(doublings):
-        f = 2.0 * f + _times(f, f)
+        _times(f, f, product)
+        _combine(f, 2.0, f, 1.0, product)
     for i in range(k):
         for j in range(k):
             out[at + i * k + j] = (1.0 if i == j else 0.0) + f[i, j] * (scale[i] / scale[j])
 
 
-@njit
-def _times(a, b):  # pragma: no cover - compiled
-    k = a.shape[0]
-    out = np.zeros((k, k))
-    for i in range(k):
-        for j in range(k):
-            for l in range(k):
-                out[i, j] += a[i, l] * b[l, j]
-    return out
+@lean
+def _combine(out, p, a, q, b):  # pragma: no cover - compiled
+    for i in range(len(out)):
+        for j in range(len(out)):
+            out[i, j] = p * a[i, j] + q * b[i, j]
+
+
+@lean
+def _times(a, b, out):  # pragma: no cover - compiled
+    for i in range(len(out)):
+        for j in range(len(out)):
+            total = 0.0
+            for l in range(len(out)):
+                total += a[i, l] * b[l, j]
+            out[i, j] = total
+
+
+@njit(cache=True)
+def _write(table, t, out):  # pragma: no cover - compiled
+    flow_matrix(table, t, out, 0)

@@ -1,7 +1,6 @@
 """The event kernel: plays any table of coefficients (`Dynamics`) over `v [rows, k, dim]`, in place.
 
-One compiled function per number of variables k; objectives enter through one function signature, so that a user's
-own needs no new kernel. The order of every sum is the one that `fedsim.engine.plain`, its oracle, writes out.
+It is compiled once: objectives enter through one function signature, so that a user's own needs no new kernel. The order of every sum is the one that `fedsim.engine.plain`, its oracle, writes out.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numba import njit, typeof, types
 from numpy.typing import NDArray
 
 from fedsim.engine.clocks import Batch
-from fedsim.engine.flow import FlowTable, flow_matrix
+from fedsim.engine.flow import FlowTable, flow_matrix, lean
 from fedsim.engine.sampling import KINDS, draw_batch, width
 
 if TYPE_CHECKING:
@@ -39,6 +38,13 @@ GRADIENT = types.FunctionType(types.void(types.int64, _reals, _ints, _reals, _re
 """Signature of a compiled gradient; see `fedsim.problems.problem.CompiledObjective`."""
 
 
+class Pattern(NamedTuple):
+    """The entries of `[k, k]` matrices that are used: `counts [k]` per row, their `columns [k * k]`, ascending."""
+
+    columns: Ints
+    counts: Ints
+
+
 class Table(NamedTuple):
     """The fields of `Dynamics` that happen at events, as arrays.
 
@@ -48,6 +54,8 @@ class Table(NamedTuple):
 
     still: bool
     flow: FlowTable
+    pattern: Pattern
+    full: Pattern
     point: Reals
     residual: Reals
     gradient_jump: Reals
@@ -115,6 +123,8 @@ def table(dynamics: Dynamics, flow: Flow) -> Table:
     return Table(
         flow.still,
         flow.table,
+        _pattern(flow.pattern),
+        _pattern(np.ones((k, k), dtype=bool)),
         dynamics.point,
         dynamics.residual,
         dynamics.gradient_jump,
@@ -125,6 +135,11 @@ def table(dynamics: Dynamics, flow: Flow) -> Table:
         np.zeros(k) if dynamics.edge_jump is None else dynamics.edge_jump,
         nothing if dynamics.edge_scale is None else np.ascontiguousarray(dynamics.edge_scale, dtype=np.float64),
     )
+
+
+def _pattern(used: NDArray[np.bool_]) -> Pattern:
+    first = np.argsort(~used, axis=1, kind="stable")
+    return Pattern(first.ravel().astype(np.int64), used.sum(axis=1).astype(np.int64))
 
 
 def data(objective: CompiledObjective, records: Ints, nodes: Ints, sampling: Sampling | None, seed: int) -> Data:
@@ -152,13 +167,13 @@ def play(gradient: Any, state: State, table: Table, data: Data, room: Scratch, b
         gradients were taken.
     """
     flat = state._replace(v=state.v.reshape(-1))
-    arguments = (gradient, flat, table, data, room, batch, (0,) * state.v.shape[1])
-    return _compiled(state.v.shape[1], tuple(typeof(argument) for argument in arguments[1:]))(*arguments)
+    arguments = (flat, table, data, room, batch)
+    return _compiled(tuple(typeof(argument) for argument in arguments))(gradient, *arguments)
 
 
 @cache
-def _compiled(k: int, rest: tuple[types.Type, ...]) -> Callable[..., tuple[int, int]]:
-    """Return the kernel for k variables; compiled once per k and machine, then read from numba's cache."""
+def _compiled(rest: tuple[types.Type, ...]) -> Callable[..., tuple[int, int]]:
+    """Return the kernel; compiled once per machine, then read from numba's cache."""
     function = njit(cache=True, error_model="numpy", nogil=True)(_play)
     function.compile((GRADIENT, *rest))
     function.disable_compile()
@@ -168,25 +183,25 @@ def _compiled(k: int, rest: tuple[types.Type, ...]) -> Callable[..., tuple[int, 
 # Leaves take whole arrays and places in them: slices would be counted, and signed places keep loops from vectorising.
 
 
-@njit
+@lean
 def _add(out, to, factor, values, start, size):  # pragma: no cover - compiled
     for c in range(size):
         out[_u(to) + _u(c)] += factor * values[_u(start) + _u(c)]
 
 
-@njit
+@lean
 def _copy(out, to, values, start, size):  # pragma: no cover - compiled
     for c in range(size):
         out[_u(to) + _u(c)] = values[_u(start) + _u(c)]
 
 
-@njit
+@lean
 def _zero(out, to, size):  # pragma: no cover - compiled
     for c in range(size):
         out[_u(to) + _u(c)] = 0.0
 
 
-@njit
+@lean
 def _finite(values, size):  # pragma: no cover - compiled
     good = True
     for c in range(size):
@@ -194,71 +209,98 @@ def _finite(values, size):  # pragma: no cover - compiled
     return good
 
 
-@njit
-def _combine(out, to, s, matrix, start, key, size):  # pragma: no cover - compiled
-    """`out[to + c] = sum_b matrix[start + b] s[b TILE + c]`, b ascending; `len(key)` is k, known to the compiler."""
-    part, row = out[to : to + size], matrix[start : start + len(key)]
+@lean
+def _one(out, to, s, p, a, size):  # pragma: no cover - compiled
     for c in range(size):
-        total = row[0] * s[_u(c)]
-        for b in range(1, len(key)):
-            total += row[b] * s[_u(b * TILE) + _u(c)]
-        part[c] = total
+        out[_u(to) + _u(c)] = a * s[_u(p) + _u(c)]
 
 
-@njit
-def _weighted(out, weights, s, key, size):  # pragma: no cover - compiled
+@lean
+def _two(out, to, s, p, a, q, b, size):  # pragma: no cover - compiled
+    for c in range(size):
+        out[_u(to) + _u(c)] = a * s[_u(p) + _u(c)] + b * s[_u(q) + _u(c)]
+
+
+@lean
+def _four(out, to, s, p, a, q, b, u, d, w, e, size):  # pragma: no cover - compiled
+    for i in range(size):
+        c = _u(i)
+        out[_u(to) + c] = a * s[_u(p) + c] + b * s[_u(q) + c] + d * s[_u(u) + c] + e * s[_u(w) + c]
+
+
+@lean
+def _combine(out, to, s, m, row, columns, start, count, size):  # pragma: no cover - compiled
+    """`out[to + c] = sum_b m[row + b] s[b TILE + c]` over the columns b of the pattern, ascending."""
+    b, d = columns[start], columns[start + min(1, count - 1)]
+    if count >= 4:
+        e, f = columns[start + 2], columns[start + 3]
+        _four(out, to, s, b * TILE, m[row + b], d * TILE, m[row + d], e * TILE, m[row + e], f * TILE, m[row + f], size)
+    elif count >= 2:
+        _two(out, to, s, b * TILE, m[row + b], d * TILE, m[row + d], size)
+    else:
+        _one(out, to, s, b * TILE, m[row + b], size)
+    done = 4 if count >= 4 else 2 if count >= 2 else 1
+    for place in range(start + done, start + count):
+        b = columns[place]
+        _add(out, to, m[row + b], s, b * TILE, size)
+
+
+@lean
+def _weighted(out, weights, s, size):  # pragma: no cover - compiled
     """`out[c] = sum of weights[b] s[b TILE + c]` over the b with a weight."""
     _zero(out, 0, size)
-    for b in range(len(key)):
+    for b in range(len(weights)):
         if weights[b] != 0.0:
             _add(out, 0, weights[b], s, b * TILE, size)
 
 
-@njit
-def _times(tile, old, v, at, dim, matrix, start, moves, size, padded, key):  # pragma: no cover - compiled
+@lean
+def _times(tile, old, v, at, dim, matrix, start, pattern, moves, size, padded):  # pragma: no cover - compiled
     """Load `size` coordinates of a node, from place `at` of v on, and multiply them by a matrix if it moves."""
-    k = len(key)
+    k = len(pattern.counts)
+    if not moves:
+        for b in range(k):
+            _copy(tile, b * TILE, v, at + b * dim, size)
+        return
     for b in range(k):
-        _copy(old if moves else tile, b * TILE, v, at + b * dim, size)
-    if moves:
-        for a in range(k):
-            _combine(tile, a * TILE, old, matrix, start + a * k, key, padded)
+        _copy(old, b * TILE, v, at + b * dim, size)
+    for a in range(k):
+        _combine(tile, a * TILE, old, matrix, start + a * k, pattern.columns, a * k, pattern.counts[a], padded)
 
 
-@njit
-def _store(v, at, dim, tile, size, key):  # pragma: no cover - compiled
-    for b in range(len(key)):
+@lean
+def _store(v, at, dim, tile, k, size):  # pragma: no cover - compiled
+    for b in range(k):
         _copy(v, at + b * dim, tile, b * TILE, size)
 
 
-@njit
-def _multiply(v, at, dim, matrix, tile, old, key):  # pragma: no cover - compiled
+@lean
+def _multiply(v, at, dim, matrix, pattern, tile, old):  # pragma: no cover - compiled
     """`v <- matrix v` for one node, in place."""
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
-        _times(tile, old, v, at + lo, dim, matrix, 0, True, size, (size + _LANES - 1) & -_LANES, key)
-        _store(v, at + lo, dim, tile, size, key)
+        _times(tile, old, v, at + lo, dim, matrix, 0, pattern, True, size, (size + _LANES - 1) & -_LANES)
+        _store(v, at + lo, dim, tile, len(pattern.counts), size)
 
 
-@njit
+@lean
 def decayed(count, decay):  # pragma: no cover - compiled
     """Return the factor of a node's step after `count` gradients: `(1 + count / decay[0]) ** -decay[1]`."""
     return (1.0 + count / decay[0]) ** -decay[1] if decay[0] > 0.0 else 1.0
 
 
-@njit
+@lean
 def _elapse(state, table, i, t, flow, at):  # pragma: no cover - compiled
     """Move row i's clock to t; write its flow matrix at `at`, and return whether it moves at all."""
     elapsed = t - state.last[i]
     state.last[i] = t
     if table.still or elapsed == 0.0:
         return False
-    exponents, powers, modes, balanced, scale = table.flow
-    flow_matrix(exponents, powers, modes, balanced, scale, elapsed, flow, at)
+    flow_matrix(table.flow, elapsed, flow, at)
     return True
 
 
-@njit
+@lean
 def _write_jump(table, jump, e):  # pragma: no cover - compiled
     """Write what an exchange over edge e adds to each variable, per unit of difference."""
     for a in range(len(jump)):
@@ -267,17 +309,17 @@ def _write_jump(table, jump, e):  # pragma: no cover - compiled
             jump[a] += table.edge_scale[e] * table.edge_jump[a]
 
 
-@njit
+@lean
 def _meet(depth, i, j):  # pragma: no cover - compiled
     """An exchange comes after all that either end has seen."""
     steps = max(depth[i], depth[j]) + 1
     depth[i], depth[j] = steps, steps
 
 
-@njit
-def gossip(state, table, room, i, j, e, t, key):  # pragma: no cover - compiled
+@lean
+def gossip(state, table, room, i, j, e, t):  # pragma: no cover - compiled
     """Exchange messages between rows i and j over edge e; return whether their difference is finite."""
-    k, dim, v, good = len(key), len(room.x), state.v, True
+    k, dim, v, good = len(table.point), len(room.x), state.v, True
     own, other, old, m, m_other, jump, flow = room.own, room.other, room.old, room.m, room.m_other, room.jump, room.flow
     moves_i = _elapse(state, table, i, t, flow, 0)
     moves_j = _elapse(state, table, j, t, flow, k * k)
@@ -285,61 +327,61 @@ def gossip(state, table, room, i, j, e, t, key):  # pragma: no cover - compiled
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
         padded = (size + _LANES - 1) & -_LANES
-        _times(own, old, v, i * k * dim + lo, dim, flow, 0, moves_i, size, padded, key)
-        _times(other, old, v, j * k * dim + lo, dim, flow, k * k, moves_j, size, padded, key)
-        _weighted(m, table.message, own, key, padded)
-        _weighted(m_other, table.message, other, key, padded)
+        _times(own, old, v, i * k * dim + lo, dim, flow, 0, table.pattern, moves_i, size, padded)
+        _times(other, old, v, j * k * dim + lo, dim, flow, k * k, table.pattern, moves_j, size, padded)
+        _weighted(m, table.message, own, padded)
+        _weighted(m_other, table.message, other, padded)
         _add(m, 0, -1.0, m_other, 0, padded)
         good &= _finite(m, size)
         for a in range(k):
             if jump[a] != 0.0:
                 _add(own, a * TILE, jump[a], m, 0, padded)
                 _add(other, a * TILE, -jump[a], m, 0, padded)
-        _store(v, i * k * dim + lo, dim, own, size, key)
-        _store(v, j * k * dim + lo, dim, other, size, key)
+        _store(v, i * k * dim + lo, dim, own, k, size)
+        _store(v, j * k * dim + lo, dim, other, k, size)
     _meet(state.depth, i, j)
     return good
 
 
-@njit
-def move(state, table, room, i, j, e, key):  # pragma: no cover - compiled
+@lean
+def move(state, table, room, i, j, e):  # pragma: no cover - compiled
     """End an exchange of dual gradients, i's in `room.g`, j's in `room.x`; return whether finite."""
     dim, v, jump = len(room.x), state.v, room.jump
     _add(room.g, 0, -1.0, room.x, 0, dim)
     _write_jump(table, jump, e)
-    for a in range(len(key)):
+    for a in range(len(table.point)):
         if jump[a] != 0.0:
-            _add(v, (i * len(key) + a) * dim, jump[a], room.g, 0, dim)
-            _add(v, (j * len(key) + a) * dim, -jump[a], room.g, 0, dim)
+            _add(v, (i * len(table.point) + a) * dim, jump[a], room.g, 0, dim)
+            _add(v, (j * len(table.point) + a) * dim, -jump[a], room.g, 0, dim)
     _meet(state.depth, i, j)
     return _finite(room.g, dim)
 
 
-@njit
-def read(state, table, room, i, t, key):  # pragma: no cover - compiled
+@lean
+def read(state, table, room, i, t):  # pragma: no cover - compiled
     """Begin a gradient event: flow row i to t, and write the point at which its gradient is taken to `room.x`."""
     dim = len(room.x)
-    at = i * len(key) * dim
+    at = i * len(table.point) * dim
     if _elapse(state, table, i, t, room.flow, 0):
-        _multiply(state.v, at, dim, room.flow, room.own, room.old, key)
+        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.old)
     _zero(room.x, 0, dim)
-    for a in range(len(key)):
+    for a in range(len(table.point)):
         if table.point[a] != 0.0:
             _add(room.x, 0, table.point[a], state.v, at + a * dim, dim)
 
 
-@njit
-def apply(state, table, room, i, key):  # pragma: no cover - compiled
+@lean
+def apply(state, table, room, i):  # pragma: no cover - compiled
     """End a gradient event with the gradient in `room.g`; return whether the residual is finite."""
     dim = len(room.x)
-    at = i * len(key) * dim
-    for a in range(len(key)):
+    at = i * len(table.point) * dim
+    for a in range(len(table.point)):
         if table.residual[a] != 0.0:
             _add(room.g, 0, table.residual[a], state.v, at + a * dim, dim)
     if len(table.gradient_map) > 0:
-        _multiply(state.v, at, dim, table.gradient_map, room.own, room.old, key)
+        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own, room.old)
     factor = decayed(state.gradients[i], table.decay)
-    for a in range(len(key)):
+    for a in range(len(table.point)):
         if table.gradient_jump[a] != 0.0:
             _add(state.v, at + a * dim, factor * table.gradient_jump[a], room.g, 0, dim)
     state.gradients[i] += 1
@@ -355,31 +397,31 @@ def _records(data, node, count):  # pragma: no cover - compiled
     return max(used, 1), used  # no record at all: one of weight 0
 
 
-def _play(gradient, state, table, data, room, batch, key):  # pragma: no cover - compiled
+def _play(gradient, state, table, data, room, batch):  # pragma: no cover - compiled
     samples = 0
     for event in range(len(batch.time)):
         i, j, t = batch.a[event], batch.b[event], batch.time[event]
         if j < 0:
-            read(state, table, room, i, t, key)
+            read(state, table, room, i, t)
             used, cost = _records(data, data.nodes[i], state.gradients[i])
             gradient(i, room.x, data.indices[:used], data.weights[:used], data.reals, data.ints, data.scratch, room.g)
-            good = apply(state, table, room, i, key)
+            good = apply(state, table, room, i)
             samples += cost
         else:
-            good = gossip(state, table, room, i, j, batch.edge[event], t, key)
+            good = gossip(state, table, room, i, j, batch.edge[event], t)
         if not good:
             return event, samples
     return -1, samples
 
 
 @njit(cache=True, error_model="numpy")
-def _outputs(v, last, now, exponents, powers, modes, balanced, scale, weights, out):  # pragma: no cover - compiled
-    k = len(scale)
+def _outputs(v, last, now, table, weights, out):  # pragma: no cover - compiled
+    k = len(weights)
     flow, row = np.empty(k * k), np.empty(k)
     for i in range(v.shape[0]):
         row[:] = weights
         if now != last[i]:
-            flow_matrix(exponents, powers, modes, balanced, scale, now - last[i], flow, 0)
+            flow_matrix(table, now - last[i], flow, 0)
             for b in range(k):
                 row[b] = 0.0
                 for a in range(k):
@@ -394,5 +436,5 @@ def _outputs(v, last, now, exponents, powers, modes, balanced, scale, weights, o
 def outputs(state: State, flow: Flow, weights: Reals, now: float) -> Reals:
     """Return `weights . exp(A (now - last_i)) v_i` of every row, `[rows, dim]`."""
     out = np.empty((state.v.shape[0], state.v.shape[2]))
-    _outputs(state.v, state.last, now, *flow.table, weights, out)
+    _outputs(state.v, state.last, now, flow.table, weights, out)
     return out

@@ -96,7 +96,7 @@ class TableRules:
     def flow(self, v: Reals, elapsed: float) -> None:
         """`v <- exp(A elapsed) v`."""
         if elapsed != 0.0 and not self._flow.still:
-            v[:] = _times(self._flow.at(elapsed), v)
+            v[:] = _times(self._flow.at(elapsed), self._flow.pattern, v)
 
     def point(self, v: Reals) -> Reals:
         """`point . v`."""
@@ -107,7 +107,7 @@ class TableRules:
         e = g.astype(np.float64)
         _add(e, self._t.residual, v)
         if self._t.gradient_map is not None:
-            v[:] = _times(self._t.gradient_map, v)
+            v[:] = _times(self._t.gradient_map, np.ones((len(v), len(v)), bool), v)
         _jump(v, decayed(count, self._decay) * self._t.gradient_jump, e)
         return e
 
@@ -126,11 +126,14 @@ class TableRules:
         _jump(v, jump, own - other)
 
 
-def _times(matrix: Reals, v: Reals) -> Reals:
-    """Return `matrix v`, every sum over ascending columns."""
-    out = matrix[:, :1] * v[0]
-    for b in range(1, len(v)):
-        out += matrix[:, b : b + 1] * v[b]
+def _times(matrix: Reals, used: NDArray[np.bool_], v: Reals) -> Reals:
+    """Return `matrix v`, every sum over ascending columns, without the entries that are not used."""
+    out = np.empty_like(v)
+    for a, row in enumerate(matrix):
+        first, *others = np.flatnonzero(used[a])
+        out[a] = row[first] * v[first]
+        for b in others:
+            out[a] += row[b] * v[b]
     return out
 
 

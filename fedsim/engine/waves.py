@@ -49,7 +49,7 @@ class Waves:
     def __init__(self, dynamics: Dynamics, flow: Flow, gradients: RowGradients, state: State) -> None:
         rows, k, dim = state.v.shape
         self._dual, self._gradients, self._state = dynamics.dual, gradients, state
-        self._table, self._room, self._key = arrays_of(dynamics, flow), scratch(k, dim), (0,) * k
+        self._table, self._room = arrays_of(dynamics, flow), scratch(k, dim)
         self._flat = state._replace(v=state.v.reshape(-1))
         self._wave = Wave(
             np.zeros(rows, np.int64),
@@ -86,7 +86,7 @@ class Waves:
         return self._call(_finish, batch, self._wave.event[:awaited], rows, answers)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        every = (self._flat, self._table, self._room, *arguments, self._key)
+        every = (self._flat, self._table, self._room, *arguments)
         return _compiled(function, tuple(typeof(a) for a in every))(*every)
 
 
@@ -97,7 +97,7 @@ def _compiled(function: Callable[..., Any], signature: tuple[types.Type, ...]) -
     return compiled
 
 
-def _pass(state, table, room, batch, left, wave, dual, key):  # pragma: no cover - compiled
+def _pass(state, table, room, batch, left, wave, dual):  # pragma: no cover - compiled
     """Play what can be played; return how many events are left, how many answers are awaited, the first bad event."""
     kept, awaited, bad = 0, 0, len(batch.time)
     wave.busy[:] = False
@@ -108,13 +108,13 @@ def _pass(state, table, room, batch, left, wave, dual, key):  # pragma: no cover
             left[kept] = event
             kept += 1
         elif j >= 0 and not dual:
-            if not gossip(state, table, room, i, j, batch.edge[event], t, key):
+            if not gossip(state, table, room, i, j, batch.edge[event], t):
                 bad = min(bad, event)
             continue
         else:
             for row in (i, j):
                 if row >= 0:
-                    read(state, table, room, row, t, key)
+                    read(state, table, room, row, t)
                     wave.event[awaited], wave.row[awaited] = event, row
                     wave.point[awaited] = room.x
                     awaited += 1
@@ -124,19 +124,19 @@ def _pass(state, table, room, batch, left, wave, dual, key):  # pragma: no cover
     return kept, awaited, bad
 
 
-def _finish(state, table, room, batch, events, rows, answers, key):  # pragma: no cover - compiled
+def _finish(state, table, room, batch, events, rows, answers):  # pragma: no cover - compiled
     """End the events with their answers; return the first that is not finite."""
     bad, place = len(batch.time), 0
     while place < len(events):
         event, row = events[place], rows[place]
         if batch.b[event] < 0:
             room.g[:] = answers[place]
-            good = apply(state, table, room, row, key)
+            good = apply(state, table, room, row)
             place += 1
         else:
             room.g[:] = answers[place]
             room.x[:] = answers[place + 1]
-            good = move(state, table, room, row, rows[place + 1], batch.edge[event], key)
+            good = move(state, table, room, row, rows[place + 1], batch.edge[event])
             place += 2
         if not good:
             bad = min(bad, event)
