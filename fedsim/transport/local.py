@@ -1,0 +1,32 @@
+"""One process."""
+
+from __future__ import annotations
+
+import sys
+
+from fedsim.transport.transport import Bytes
+
+
+class LocalTransport:
+    """The only process: there is nobody to talk to."""
+
+    kind, rank, size, moved = "local", 0, 1, 0
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        """Do nothing; there are no peers."""
+
+    def all_gather(self, mine: Bytes) -> list[Bytes]:
+        """Return the one buffer."""
+        return [mine]
+
+    def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
+        """Return the buffer."""
+        assert buffer is not None
+        return buffer
+
+    def abort(self, message: str) -> None:
+        """Print the message and exit."""
+        sys.exit(message)
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,72 @@
+"""Processes started by mpirun, mpiexec or srun: buffers over MPI, never pickles."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from fedsim.transport.transport import Bytes
+
+NAP = 20e-6  # seconds between looks while waiting: a spinning wait would take the core that the peer needs
+EAGER = 200  # looks without a nap before the first one
+
+
+class MpiTransport:
+    """A duplicate of COMM_WORLD, so that no message of the user's own MPI code meets ours."""
+
+    kind = "mpi"
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._mpi: Any = MPI
+        self._comm = MPI.COMM_WORLD.Dup()
+        self.rank, self.size, self.moved = self._comm.Get_rank(), self._comm.Get_size(), 0
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        """Post all receives, then all sends, then wait for both."""
+        requests = [self._comm.Irecv(buffer, source=peer) for peer, buffer in receives.items()]
+        for peer, buffer in sends.items():
+            requests.append(self._comm.Isend(buffer, dest=peer))
+            self.moved += buffer.nbytes
+        self._wait(requests)
+
+    def all_gather(self, mine: Bytes) -> list[Bytes]:
+        """Exchange lengths, then everybody's buffer."""
+        lengths = np.zeros(self.size, np.int64)
+        self._wait([self._comm.Iallgather(np.array([mine.nbytes], np.int64), lengths)])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        everything = np.empty(int(offsets[-1]), np.uint8)
+        parts = [everything, lengths.tolist(), offsets[:-1].tolist(), self._mpi.BYTE]
+        self._wait([self._comm.Iallgatherv([mine, self._mpi.BYTE], parts)])
+        self.moved += mine.nbytes * (self.size - 1)
+        return [everything[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+    def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
+        """Send the length, then the buffer."""
+        length = np.array([0 if buffer is None else buffer.nbytes], np.int64)
+        self._wait([self._comm.Ibcast(length, root=root)])
+        data = buffer if self.rank == root and buffer is not None else np.empty(int(length[0]), np.uint8)
+        self._wait([self._comm.Ibcast([data, self._mpi.BYTE], root=root)])
+        return data
+
+    def abort(self, message: str) -> None:
+        """Print the message once here and end all processes of the job."""
+        print(message, file=sys.stderr, flush=True)
+        self._comm.Abort(1)
+
+    def close(self) -> None:
+        """Wait for all processes and free the communicator."""
+        self._wait([self._comm.Ibarrier()])
+        self._comm.Free()
+
+    def _wait(self, requests: list[Any]) -> None:
+        """Wait without holding the core: some looks in a row, then naps."""
+        looks = 0
+        while not self._mpi.Request.Testall(requests):
+            looks += 1
+            if looks > EAGER:
+                time.sleep(NAP)

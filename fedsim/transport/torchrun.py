@@ -1,0 +1,67 @@
+"""Processes started by torchrun: buffers over torch.distributed (gloo)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim.transport.transport import Bytes
+
+
+class TorchTransport:
+    """The default process group of torch.distributed on gloo, with the job's timeout."""
+
+    kind = "torch"
+
+    def __init__(self, timeout: float) -> None:
+        import torch.distributed as dist
+
+        self._dist: Any = dist
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), 0
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        """Post all receives, then all sends, then wait for both."""
+        works = [self._dist.irecv(torch.from_numpy(buffer), src=peer) for peer, buffer in receives.items()]
+        for peer, buffer in sends.items():
+            works.append(self._dist.isend(torch.from_numpy(buffer), dst=peer))
+            self.moved += buffer.nbytes
+        for work in works:
+            work.wait()
+
+    def all_gather(self, mine: Bytes) -> list[Bytes]:
+        """Exchange lengths, then buffers padded to the longest."""
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._dist.all_gather(lengths, torch.tensor([mine.nbytes]))
+        longest = max(int(length) for length in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: mine.nbytes] = torch.from_numpy(np.ascontiguousarray(mine))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        self._dist.all_gather(parts, padded)
+        self.moved += longest * (self.size - 1)
+        return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
+
+    def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
+        """Send the length, then the buffer."""
+        length = torch.tensor([0 if buffer is None else buffer.nbytes])
+        self._dist.broadcast(length, src=root)
+        mine = self.rank == root and buffer is not None
+        data = torch.from_numpy(np.array(buffer)) if mine else torch.empty(int(length), dtype=torch.uint8)
+        self._dist.broadcast(data, src=root)
+        return data.numpy()
+
+    def abort(self, message: str) -> None:
+        """Print the message and end this process at once: torchrun then ends the others."""
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def close(self) -> None:
+        """Wait for all processes and end the group."""
+        self._dist.barrier()
+        self._dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""What moves bytes between processes: no arithmetic, no nodes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+
+class Transport(Protocol):
+    """Processes numbered 0..size-1 that exchange byte buffers.
+
+    Attributes:
+        kind: `local`, `mpi` or `torch`. rank, size: which of how many processes.
+        moved: bytes that this process has sent so far.
+    """
+
+    kind: str
+    rank: int
+    size: int
+    moved: int
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        """Send a buffer to each peer in `sends` and fill those in `receives`; all receives are posted first.
+
+        Both ends know the length: a buffer of another length than the peer's is a mistake of the caller.
+        """
+        ...
+
+    def all_gather(self, mine: Bytes) -> list[Bytes]:
+        """Return every process's buffer, in rank order; lengths may differ."""
+        ...
+
+    def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
+        """Return root's buffer on every process."""
+        ...
+
+    def abort(self, message: str) -> None:
+        """End the whole job with a message; does not return where there are other processes."""
+        ...
+
+    def close(self) -> None:
+        """Wait for all processes, then let go of the connections."""
+        ...
+
+
+def as_bytes(array: NDArray) -> Bytes:
+    """Return a contiguous array's memory as bytes, without a copy."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
