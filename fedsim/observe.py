@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fedsim.engine.sums import tree_sum
+from fedsim.engine.sums import total
 from fedsim.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Observer:
         return float((mapping**2).sum())
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
-        return (tree_sum(values, self._layout.lo, self._layout.n) / self._layout.n)[None]
+        return (total(values, self._layout) / self._layout.n)[None]
 
     def _mean_square(self, difference: torch.Tensor) -> float:
         return float(self._mean((difference**2).sum(dim=1, keepdim=True))[0, 0])

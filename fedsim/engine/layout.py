@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from fedsim.errors import InputError
 from fedsim.topology.topology import Topology
+from fedsim.transport.local import LocalTransport
+from fedsim.transport.transport import Transport
 
 
 class Layout:
@@ -20,12 +22,18 @@ class Layout:
         nodes: int64 `[rows]`, the node number of each row.
     """
 
-    def __init__(self, topology: Topology, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, topology: Topology, rank: int = 0, size: int = 1, transport: Transport | None = None) -> None:
         """Give every rank the same number of rows, the first ones one more where it does not divide.
+
+        Args:
+            transport: connects the ranks, and says which one this is; None: `rank` of `size`, with nobody to talk to.
 
         Raises:
             InputError: there are more ranks than nodes.
         """
+        self.transport: Transport = transport or LocalTransport()
+        if transport is not None:
+            rank, size = transport.rank, transport.size
         if size > topology.n:
             raise InputError(
                 f"{size} processes for {topology.n} nodes: every process must hold at least one node; start at most "

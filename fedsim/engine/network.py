@@ -13,26 +13,29 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Sum
 from fedsim.engine.counts import Counts
+from fedsim.engine.ghosts import Ghosts
 from fedsim.engine.layout import Layout
-from fedsim.engine.mixing import by_position, mix_rows
-from fedsim.engine.sums import tree_sum
+from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.sums import total as global_sum
 from fedsim.errors import RunError, Unsupported
 
 
 class LocalNetwork:
-    """One process that holds all rows.
+    """Answers the blocks of one process; rows of other ranks are read where they were received.
 
     Args:
         layout: which nodes the rows are.
         blocks: the rows of each block, in order.
         matrices: sparse `[n, n]` over node numbers, by the name that `Mix` uses.
-        counts: where costs are added.
+        counts: where this rank's share of the costs is added; the sum over ranks is the total.
     """
 
     def __init__(self, layout: Layout, blocks: Sequence[slice], matrices: dict[str, Any], counts: Counts) -> None:
         self._layout, self._blocks, self._counts = layout, blocks, counts
-        self._csr = {name: by_position(matrix, layout.topology) for name, matrix in matrices.items()}
+        self._ghosts = Ghosts(layout)
+        self._csr = {name: self._ghosts.local(by_position(m, layout.topology)) for name, m in matrices.items()}
         self._degrees = layout.topology.degrees[layout.nodes]
+        self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
 
     def answer(self, requests: list[Request]) -> list[Any]:
@@ -44,6 +47,8 @@ class LocalNetwork:
         if len(requests) > 1:
             self._refuse_disagreement(requests)
         first = requests[0]
+        if self._layout.size > 1:
+            self._ghosts.agree(describe(first))
         if isinstance(first, Mix):
             return self._mix(requests, first.matrix)
         if isinstance(first, Gather):
@@ -56,7 +61,10 @@ class LocalNetwork:
         offsets, columns, weights = self._matrix(matrix)
         values = [dense(r.v).detach().contiguous() for r in requests]
         self._charge_edges(requests, values)
+        far = self._ghosts.bring(values)
         addresses, answers = self._addresses(values), []
+        if far is not None:
+            addresses = np.concatenate([addresses, addresses_of(far)])
         for rows, v in zip(self._blocks, values, strict=True):
             out = np.empty(tuple(v.shape), v.numpy().dtype)
             mix_rows(rows.start, offsets, columns, weights, addresses, out)
@@ -80,13 +88,15 @@ class LocalNetwork:
         offsets, columns, _ = self._matrix("adjacency")
         values = [dense(r.v) for r in requests]
         self._charge_edges(requests, values)
-        everything = torch.cat(values) if len(values) > 1 else values[0]
+        far = self._ghosts.bring(values)
+        everything = torch.cat(values if far is None else [*values, torch.from_numpy(far)])
+        nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
         answers = []
         for rows in self._blocks:
             begin, end = offsets[rows.start], offsets[rows.stop]
             chosen = columns[begin:end]
             local = offsets[rows.start : rows.stop + 1] - begin
-            answers.append(Gathered(everything[torch.from_numpy(chosen)], local, self._layout.nodes[chosen]))
+            answers.append(Gathered(everything[torch.from_numpy(chosen)], local, nodes[chosen]))
         return answers
 
     def _sum(self, requests: list[Any], mean: bool) -> list[torch.Tensor]:
@@ -96,28 +106,28 @@ class LocalNetwork:
         terms = values if weight is None else values * weight[:, None].to(values.dtype)
         if mask is not None:
             terms = torch.where(mask[:, None], terms, torch.zeros_like(terms))
-        total = tree_sum(terms, self._layout.lo, self._layout.n)[None]
+        total = global_sum(terms, self._layout)[None]
         self._charge_sum(requests, values, weight, mask, total)
         if mean:
-            total = total / self._mass(weight, mask)
+            total = total / self._mass(weight, mask, requests[0].rows)
         return [total] * len(requests)
 
-    def _mass(self, weight: torch.Tensor | None, mask: torch.Tensor | None) -> float:
+    def _mass(self, weight: torch.Tensor | None, mask: torch.Tensor | None, rows: NDArray[np.bool_] | None) -> float:
         if weight is None:
-            return float(self._layout.n if mask is None else int(mask.sum()))
+            return float(self._layout.n if rows is None else np.count_nonzero(rows))
         kept = weight if mask is None else torch.where(mask, weight, torch.zeros_like(weight))
-        return float(tree_sum(kept[:, None], self._layout.lo, self._layout.n)[0])
+        return float(global_sum(kept[:, None], self._layout)[0])
 
     def _charge_edges(self, requests: list[Any], values: list[torch.Tensor]) -> None:
-        edges = self._layout.topology.m
         if isinstance(requests[0].v, torch.Tensor):
-            sent = 2 * edges * math.prod(values[0].shape[1:]) * values[0].element_size()
+            sent = self._own_ends * math.prod(values[0].shape[1:]) * values[0].element_size()
         else:
             sent = int((self._degrees * lengths(requests, values)).sum())
-        self._counts.communications += edges
-        self._counts.messages += 2 * edges
+        self._counts.messages += self._own_ends
         self._counts.bytes += sent
-        self._counts.exchanges += 1
+        if self._layout.rank == 0:  # counts are added up over ranks
+            self._counts.communications += self._layout.topology.m
+            self._counts.exchanges += 1
 
     def _charge_sum(
         self,
@@ -137,7 +147,8 @@ class LocalNetwork:
         self._counts.bytes += size_up + size_down
         self._counts.bytes_up += size_up
         self._counts.bytes_down += size_down
-        self._counts.exchanges += 2
+        if self._layout.rank == 0:  # counts are added up over ranks
+            self._counts.exchanges += 2
 
     def _refuse_disagreement(self, requests: list[Request]) -> None:
         kinds = [describe(request) for request in requests]

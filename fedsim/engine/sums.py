@@ -7,10 +7,17 @@ that of its left half plus that of its right half. A process that holds `lo..hi`
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
+
+from fedsim.transport.transport import as_bytes
+
+if TYPE_CHECKING:
+    from fedsim.engine.layout import Layout
 
 
 @njit(cache=True)
@@ -87,3 +94,20 @@ def tree_sum(values: torch.Tensor, lo: int, n: int) -> torch.Tensor:
     array = values.detach().numpy()
     tiles, sums = partial_sums(np.ascontiguousarray(array), lo, n)
     return torch.from_numpy(finish(tiles, sums, n).copy())
+
+
+def total(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return the sum over all nodes `[d]` of every rank's rows `[rows, d]`, the same bits on every rank and layout.
+
+    A rank sends the sums of its tiles, at most `2 log2(rows)` of them.
+    """
+    if layout.size == 1:
+        return tree_sum(values, layout.lo, layout.n)
+    array = np.ascontiguousarray(values.detach().numpy())
+    _, sums = partial_sums(array, layout.lo, layout.n)
+    tiles, found = [], []
+    for rank, part in enumerate(layout.transport.all_gather(as_bytes(sums))):
+        own = intervals(int(layout.ranges[rank]), int(layout.ranges[rank + 1]), layout.n)
+        tiles += own
+        found.append(part.view(array.dtype).reshape(len(own), array.shape[1]))
+    return torch.from_numpy(finish(tiles, np.concatenate(found), layout.n).copy())
