@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
-from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -30,46 +29,69 @@ def _pointer(_context: Any, _address: Any, like: Any = None) -> Any:
     return target(types.int64, like), code
 
 
+# Rows are bare pointers, in one function: counting references to arrays would cost more than the sum of a short row.
+
+
 @njit(cache=True, error_model="numpy", nogil=True)
 def mix_rows(first, offsets, columns, weights, addresses, out):  # pragma: no cover - compiled
     """Write rows `first..first + len(out)` of `W v` to `out [count, dim]`.
 
     `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins.
+    Five neighbours are taken at once where there are as many (a torus, a 4-regular graph), then four, then one.
     """
-    dim = out.shape[1]
+    dim, size, written = out.shape[1], out.itemsize, out.ctypes.data
     for row in range(out.shape[0]):
         begin, end = offsets[first + row], offsets[first + row + 1]
         for start in range(0, dim, TILE):
-            _mix_tile(begin, end, columns, weights, addresses, out[row], start, min(start + TILE, dim))
+            p, n, shift = begin, min(TILE, dim - start), start * size
+            total = _pointer(written + row * dim * size + shift, out)
+            if p + 5 <= end:
+                a, b = _pointer(addresses[columns[p]] + shift, out), _pointer(addresses[columns[p + 1]] + shift, out)
+                c, d = (
+                    _pointer(addresses[columns[p + 2]] + shift, out),
+                    _pointer(addresses[columns[p + 3]] + shift, out),
+                )
+                e = _pointer(addresses[columns[p + 4]] + shift, out)
+                _first_five(
+                    n, total, a, b, c, d, e, weights[p], weights[p + 1], weights[p + 2], weights[p + 3], weights[p + 4]
+                )
+                p += 5
+            else:
+                _clear(n, total)
+            while p + 4 <= end:
+                a, b = _pointer(addresses[columns[p]] + shift, out), _pointer(addresses[columns[p + 1]] + shift, out)
+                c, d = (
+                    _pointer(addresses[columns[p + 2]] + shift, out),
+                    _pointer(addresses[columns[p + 3]] + shift, out),
+                )
+                _add_four(n, total, a, b, c, d, weights[p], weights[p + 1], weights[p + 2], weights[p + 3])
+                p += 4
+            while p < end:
+                _add(n, total, _pointer(addresses[columns[p]] + shift, out), weights[p])
+                p += 1
 
 
 @njit(error_model="numpy")
-def _mix_tile(begin, end, columns, weights, addresses, out, start, stop):  # pragma: no cover - compiled
-    count, place = stop - start, begin
-    size = out.itemsize
-    total = out[start:stop]
-    total[:] = 0.0
-    while place + 4 <= end:
-        a = carray(_pointer(addresses[columns[place]] + start * size, out), count)
-        b = carray(_pointer(addresses[columns[place + 1]] + start * size, out), count)
-        c = carray(_pointer(addresses[columns[place + 2]] + start * size, out), count)
-        d = carray(_pointer(addresses[columns[place + 3]] + start * size, out), count)
-        _add_four(total, a, b, c, d, weights[place], weights[place + 1], weights[place + 2], weights[place + 3])
-        place += 4
-    while place < end:
-        _add_one(total, carray(_pointer(addresses[columns[place]] + start * size, out), count), weights[place])
-        place += 1
+def _clear(count, total):  # pragma: no cover - compiled
+    for i in range(count):
+        total[i] = 0.0
 
 
 @njit(error_model="numpy")
-def _add_four(total, a, b, c, d, wa, wb, wc, wd):  # pragma: no cover - compiled
-    for i in range(len(total)):
+def _first_five(count, total, a, b, c, d, e, wa, wb, wc, wd, we):  # pragma: no cover - compiled
+    for i in range(count):
+        total[i] = ((((0.0 + wa * a[i]) + wb * b[i]) + wc * c[i]) + wd * d[i]) + we * e[i]
+
+
+@njit(error_model="numpy")
+def _add_four(count, total, a, b, c, d, wa, wb, wc, wd):  # pragma: no cover - compiled
+    for i in range(count):
         total[i] = (((total[i] + wa * a[i]) + wb * b[i]) + wc * c[i]) + wd * d[i]
 
 
 @njit(error_model="numpy")
-def _add_one(total, a, wa):  # pragma: no cover - compiled
-    for i in range(len(total)):
+def _add(count, total, a, wa):  # pragma: no cover - compiled
+    for i in range(count):
         total[i] = total[i] + wa * a[i]
 
 
