@@ -32,8 +32,11 @@ def main() -> None:
 
     try:
         app(standalone_mode=False)
+        _leave_job(None)
     except FedsimError as error:
-        print(f"fedsim: {error}", file=sys.stderr)
+        _leave_job(error)
+        if _leads():
+            print(f"fedsim: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("fedsim: interrupted; what was observed until now is in the folder of the run", file=sys.stderr)
@@ -42,7 +45,19 @@ def main() -> None:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # typer's own: a mistake on the command line
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
+        _leave_job(error)
         raise
+
+
+def _leave_job(error: BaseException | None) -> None:
+    """End this process's part in a job of several; light commands have not loaded what connects them."""
+    if "fedsim.job" in sys.modules:
+        sys.modules["fedsim.job"].end(error)
+
+
+def _leads() -> bool:
+    """Return whether this process prints: rank 0 of its job, or the only one."""
+    return "fedsim.job" not in sys.modules or sys.modules["fedsim.job"].leads()
 
 
 @app.command()
@@ -61,6 +76,8 @@ def run(
 
     with shown(not (no_progress or as_json)) as progress:
         result = play(scenario, overrides=overrides or (), short=short, folder=folder, progress=progress)
+    if not _leads():
+        return
     files = [] if no_plot or as_json else result.plot()
     _print_result(result, files, as_json)
 
@@ -77,6 +94,8 @@ def resume(
 
     with shown(not (no_progress or as_json)) as progress:
         result = go_on(folder, progress=progress)
+    if not _leads():
+        return
     _print_result(result, [], as_json)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine.layout import Layout
-from fedsim.errors import InputError
+from fedsim.errors import InputError, Unsupported
+from fedsim.job import connected
 from fedsim.setting import RunSetting
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         mixing,
         common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal"),
     )
-    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, Layout(topology))
+    layout = Layout(topology, transport=connected(scenario.engine["transport"], scenario.engine["timeout"]))
+    if not sync and layout.size > 1:
+        raise Unsupported("events over several processes are not supported yet; run this scenario in one process")
+    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
 
 
 def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:

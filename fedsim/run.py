@@ -10,13 +10,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.digest import combined, digest
+import numpy as np
+
+from fedsim.digest import combined, digest, row_hashes
 from fedsim.engine.counts import Counts
 from fedsim.errors import Diverged, FedsimError, InputError
+from fedsim.job import arrays_of_rank_0, connected, counts_of_all, gathered, of_rank_0, own_part, rows_of_all
 from fedsim.observe import Observer
 from fedsim.prepare import Live, folder_for, prepare
-from fedsim.results.folder import RunFolder, write_whole
-from fedsim.results.recorder import Recorder
+from fedsim.results.folder import write_whole
+from fedsim.results.journal import Journal
 from fedsim.results.result import STUDY, Result, StudyResult, load
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
+    from fedsim.transport.transport import Transport
 
 Progress = Callable[[str, float, float, dict[str, Any]], None]  # run name, now, horizon, last row
 
@@ -61,14 +65,14 @@ def run(
     from fedsim.scenario import Study, load_study
 
     prepare_machine()
+    transport = connected()
     live = Live(_as_topology(topology), problem, algorithm)
     if isinstance(scenario, Study):
         study = scenario
     else:
         source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
         study = load_study(source, overrides=overrides, short=short, live=live)
-    root = Path(folder) if folder else folder_for(study.name, Path("runs"))
-    _refuse_results(root)
+    root = _root(folder, study.name, transport)
     if len(study.runs) == 1:
         return run_one(study.runs[0], root, live, progress=progress)
     return run_study(study, root, live, progress)
@@ -80,13 +84,16 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
     from fedsim.scenario import load_study
 
     prepare_machine()
+    connected()
     found = load(folder)
     for result in found.runs:
         if result.status != "finished":
             base = Path(result.facts["base"])
             scenario = load_study(result.folder / "scenario.yaml", base=base).runs[0]
             run_one(scenario, result.folder, progress=progress, again=True, variant=result.facts.get("variant"))
-    return _with_digest(StudyResult(found.folder)) if isinstance(found, StudyResult) else Result(found.folder)
+    if isinstance(found, StudyResult):
+        return _with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
+    return Result(found.folder)
 
 
 def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -> StudyResult:
@@ -100,13 +107,14 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     shared: dict[str, Any] = {}
     for scenario in {run.variant: run for run in reversed(study.runs)}.values():
         _observer(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
-    root.mkdir(parents=True, exist_ok=True)
-    names = [scenario.folder for scenario in study.runs]
-    write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
+    if connected().rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        names = [scenario.folder for scenario in study.runs]
+        write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
     failures, waiting, clock = [], list(study.runs), time.perf_counter()
     while waiting:
         done = len(study.runs) - len(waiting)
-        if live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
+        if connected().size == 1 and live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
             failures += play_all(waiting, root, progress)
             break
         scenario = waiting.pop(0)
@@ -114,7 +122,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
             run_one(scenario, root / scenario.folder, live, shared, progress)
         except Diverged as error:
             failures.append(f"{scenario.folder}: {error}")
-    result = _with_digest(StudyResult(root))
+    result = _with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
     if failures:
         raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
     return result
@@ -129,25 +137,26 @@ def run_one(
     again: bool = False,
     variant: str | None = None,
 ) -> Result:
-    """Play one run into `root`; `again` goes on from its checkpoint."""
+    """Play one run into `root`; `again` goes on from its checkpoint. Rank 0 of a job writes, all play."""
     prepared = prepare(scenario, live, shared)
-    observer = _observer(prepared)
-    files = RunFolder(root)
-    if not again:
-        files.clear()
-        files.write_scenario(scenario.to_yaml())
-    facts = _facts(prepared, variant or scenario.variant)
+    observer, layout = _observer(prepared), prepared.layout
+    journal = Journal(root, scenario, again) if layout.rank == 0 else None
     player = prepared.player()
-    saved = files.load_checkpoint() if again else None
-    recorder = Recorder(root, keep=saved[1]["rows"] if saved else 0)
     player.start()
+    saved = arrays_of_rank_0(lambda: journal.saved if journal else None, layout) if again else None
+    done, wall = 0, 0.0
     if saved:
-        player.load(saved[0])
+        done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
+        player.load(own_part(saved, player.row_names, layout))
+    facts = _facts(prepared, variant or scenario.variant)
     facts["status"] = "running"
-    files.write_run(facts)
-    wall = saved[1]["wall_seconds"] if saved else 0.0
+    if journal:
+        journal.begin(facts, done)
     try:
-        facts["stopped_by"] = _play(prepared, player, observer, recorder, files, wall, progress)
+        facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress)
+        facts["totals"] = counts_of_all(player.counts, layout)
+        facts["digest"] = _digest(prepared, player)
+        facts["wire_bytes"] = layout.transport.moved
         facts["status"] = "finished"
     except KeyboardInterrupt:
         facts["status"] = "interrupted"
@@ -156,11 +165,8 @@ def run_one(
         facts.update(status="failed", error=str(error))
         raise
     finally:
-        recorder.close()
-        facts["totals"] = player.counts.as_dict()
-        if facts["status"] == "finished":
-            facts["digest"] = _digest(prepared, player)
-        files.write_run(facts)
+        if journal:
+            journal.end({**facts, "totals": facts.get("totals", player.counts.as_dict())})
     return Result(root)
 
 
@@ -168,35 +174,38 @@ def _play(
     p: Prepared,
     player: Player,
     observer: Observer,
-    recorder: Recorder,
-    files: RunFolder,
+    journal: Journal | None,
+    done: int,
     wall: float,
     progress: Progress | None,
 ) -> str:
-    """Play, observe and checkpoint to the end; return what ended the run."""
-    s = p.scenario
-    horizon, done = float(s.schedule["horizon"]), len(recorder)
+    """Play, observe and checkpoint to the end; return what ended the run. All ranks take the same decisions."""
+    s, layout = p.scenario, p.layout
+    horizon = float(s.schedule["horizon"])
     every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
     next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
         clock = time.perf_counter()
         player.advance(target)
-        wall += time.perf_counter() - clock
+        wall = of_rank_0(wall + time.perf_counter() - clock, layout)
         row = {
             **_clock(p, target),
             **observer(player.outputs()),
-            **player.counts.as_dict(),
+            **counts_of_all(player.counts, layout),
             "wall_seconds": wall,
         }
-        recorder.append(row)
+        if journal:
+            journal.observe(row)
         _refuse_divergence(row, target)
-        if progress:
+        if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
         reason = _stop(s.stop, row)
         if reason:
             return reason
         if target >= next_checkpoint:
-            files.save_checkpoint(player.save(), {"rows": len(recorder), "now": target, "wall_seconds": wall})
+            whole = gathered(player.save(), player.row_names, layout)
+            if journal and whole is not None:
+                journal.checkpoint(whole, wall)
             next_checkpoint = (math.floor(target / every) + 1) * every
     return "horizon"
 
@@ -249,12 +258,6 @@ def _observer(p: Prepared) -> Observer:
     return observer
 
 
-def _refuse_results(root: Path) -> None:
-    for name in ("run.json", STUDY):
-        if (root / name).exists():
-            raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
-
-
 def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -279,10 +282,35 @@ def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
     }
 
 
-def _digest(p: Prepared, player: Player) -> str:
-    final = player.final()
-    rows = {name: p.layout.nodes for name, array in final.items() if array.shape[:1] == (p.layout.rows,)}
-    return digest(final, rows, player.counts.as_dict())
+def _digest(p: Prepared, player: Player) -> str | None:
+    """Return the run's digest on rank 0: rows travel as their hashes."""
+    final, layout, names = player.final(), p.layout, player.row_names
+    rows = {
+        name: np.frombuffer(b"".join(row_hashes(a)), np.uint8).reshape(-1, 32)
+        for name, a in final.items()
+        if name in names
+    }
+    hashes = {name: rows_of_all(h, layout) for name, h in rows.items()}
+    counts = counts_of_all(player.counts, layout)
+    if layout.rank > 0:
+        return None
+    place = layout.topology.position
+    by_node = {name: h[place] for name, h in hashes.items() if h is not None}
+    return digest(final, by_node, counts)
+
+
+def _root(folder: str | Path | None, name: str, transport: Transport) -> Path:
+    """Return where results go, chosen by rank 0.
+
+    Raises:
+        InputError: results are there already.
+    """
+    root = Path(folder) if folder else folder_for(name, Path("runs"))
+    root = Path(transport.broadcast(np.frombuffer(str(root).encode(), np.uint8)).tobytes().decode())
+    taken = transport.rank == 0 and any((root / name).exists() for name in ("run.json", STUDY))
+    if transport.broadcast(np.array([taken], np.uint8))[0]:
+        raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
+    return root
 
 
 def _with_digest(study: StudyResult) -> StudyResult:

@@ -67,14 +67,14 @@ class Engine:
     """How it is played; none of this changes a bit of the result.
 
     Attributes:
-        transport: local (auto finds it).
+        transport: local, mpi or torch; auto finds the launcher that started the process.
         block: rows played together, or auto.
         device: cpu.
         player: of events: auto, kernel (compiled), waves (batched gradients) or plain (one by one).
         timeout: seconds after which a silent process ends the job.
     """
 
-    transport: Literal["auto", "local"] = "auto"
+    transport: Literal["auto", "local", "mpi", "torch"] = "auto"
     block: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     device: Literal["cpu"] = "cpu"
     player: Literal["auto", "kernel", "waves", "plain"] = "auto"

@@ -95,6 +95,11 @@ class Events:
         """Events played so far."""
         return self._events
 
+    @property
+    def row_names(self) -> frozenset[str]:
+        """Which arrays of `save` and `final` hold one row per node of this rank."""
+        return frozenset([*self.final(), *self.state._fields])
+
     def start(self) -> None:
         """Set clocks and variables to their start; the gradients and the mean that this takes are charged."""
         table, rows = self._table, self._layout.rows

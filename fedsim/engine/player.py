@@ -16,6 +16,11 @@ class Player(Protocol):
 
     counts: Counts
 
+    @property
+    def row_names(self) -> frozenset[str]:
+        """Which arrays of `save` and `final` hold one row per node of this rank."""
+        ...
+
     def start(self) -> None:
         """Set the initial state (and compile what must be compiled)."""
         ...

@@ -63,6 +63,12 @@ class Rounds:
         """Rounds played."""
         return float(self._round)
 
+    @property
+    def row_names(self) -> frozenset[str]:
+        """Which arrays of `save` and `final` hold one row per node of this rank."""
+        names = [name for name, is_rows in _fields(type(self._states[0])).items() if is_rows]
+        return frozenset([*names, *(f"state.{name}" for name in names)])
+
     def start(self) -> None:
         """Play the algorithm's start; its requests and gradients are charged."""
         self._states = self._drive(

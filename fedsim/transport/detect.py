@@ -44,7 +44,7 @@ def choose(wanted: str = "auto", environment: Mapping[str, str] | None = None) -
         return next(iter(launchers), "local")
     if wanted != "local" and wanted not in launchers:
         starter = "torchrun --nproc-per-node N -m fedsim" if wanted == "torch" else "mpirun -n N fedsim"
-        raise InputError(f"engine.transport: {wanted} given, but no {wanted} launcher started this process; use {starter}")
+        raise InputError(f"engine.transport: {wanted} given, but no such launcher started this process; use {starter}")
     return wanted
 
 

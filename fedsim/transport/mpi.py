@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class MpiTransport:
         parts = [everything, lengths.tolist(), offsets[:-1].tolist(), self._mpi.BYTE]
         self._wait([self._comm.Iallgatherv([mine, self._mpi.BYTE], parts)])
         self.moved += mine.nbytes * (self.size - 1)
-        return [everything[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [everything[a:b] for a, b in pairwise(offsets.tolist())]
 
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Send the length, then the buffer."""

@@ -1,0 +1,117 @@
+"""What the processes of a job do together around a run: rank 0 writes, the others hand it what it needs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.transport.local import LocalTransport
+from fedsim.transport.transport import Transport, as_bytes
+
+if TYPE_CHECKING:
+    from fedsim.engine.counts import Counts
+    from fedsim.engine.layout import Layout
+
+_connected: Transport | None = None
+
+
+def connected(wanted: str = "auto", timeout: float = 120.0) -> Transport:
+    """Return this process's transport, connected once; a job keeps it to its end."""
+    global _connected
+    from fedsim.transport.detect import connect
+
+    if _connected is None:
+        _connected = connect(wanted, timeout)
+    return LocalTransport() if wanted == "local" else _connected
+
+
+def leads() -> bool:
+    """Return whether this process prints: the only one, or rank 0 of its job."""
+    return _connected is None or _connected.rank == 0
+
+
+def end(error: BaseException | None) -> None:
+    """Leave the job: all together after success, or at once for all after an error of one rank.
+
+    A mistake in the input is found by every rank alike and ends each of them in its own way.
+    """
+    from fedsim.errors import InputError
+
+    if _connected is None or _connected.size == 1 or isinstance(error, InputError):
+        return
+    if error is None:
+        _connected.close()
+    else:
+        sys.stdout.flush()
+        _connected.abort(f"fedsim: rank {_connected.rank} of {_connected.size}: {type(error).__name__}: {error}")
+
+
+def counts_of_all(counts: Counts, layout: Layout) -> dict[str, int]:
+    """Return the counts over all ranks: sums, and for `exchanges` (steps that cannot overlap) the most."""
+    mine = counts.as_dict()
+    if layout.size == 1:
+        return mine
+    parts = [p.view(np.int64) for p in layout.transport.all_gather(as_bytes(np.array(list(mine.values()), np.int64)))]
+    return {
+        name: int(max(p[i] for p in parts) if name == "exchanges" else sum(p[i] for p in parts))
+        for i, name in enumerate(mine)
+    }
+
+
+def of_rank_0(value: float, layout: Layout) -> float:
+    """Return rank 0's number on every rank, so that all decide alike."""
+    if layout.size == 1:
+        return value
+    return float(layout.transport.broadcast(as_bytes(np.array([value]))).view(np.float64)[0])
+
+
+def rows_of_all(array: NDArray, layout: Layout) -> NDArray | None:
+    """Return all nodes' rows `[n, ...]` in position order on rank 0, None on the others."""
+    if layout.size == 1:
+        return array
+    array = np.ascontiguousarray(array)
+    if layout.rank > 0:
+        layout.transport.exchange({0: as_bytes(array)}, {})
+        return None
+    whole = np.empty((layout.n, *array.shape[1:]), array.dtype)
+    whole[: layout.rows] = array
+    flat = whole.reshape(layout.n, -1)
+    places = [slice(int(a), int(b)) for a, b in zip(layout.ranges[1:-1], layout.ranges[2:], strict=True)]
+    parts = {r: np.empty(flat[place].nbytes, np.uint8) for r, place in enumerate(places, start=1)}
+    layout.transport.exchange({}, parts)
+    for r, place in enumerate(places, start=1):
+        flat[place] = parts[r].view(array.dtype).reshape(flat[place].shape)
+    return whole
+
+
+def gathered(arrays: Mapping[str, NDArray], rows: frozenset[str], layout: Layout) -> dict[str, NDArray] | None:
+    """Return a state's arrays with all nodes' rows on rank 0, None on the others."""
+    whole = {name: rows_of_all(a, layout) if name in rows else a for name, a in arrays.items()}
+    return None if layout.rank > 0 else {name: a for name, a in whole.items() if a is not None}
+
+
+def own_part(arrays: Mapping[str, NDArray], rows: frozenset[str], layout: Layout) -> dict[str, NDArray]:
+    """Return the arrays of a whole state with this rank's rows only."""
+    return {name: a[layout.lo : layout.hi] if name in rows else a for name, a in arrays.items()}
+
+
+def arrays_of_rank_0(read: Callable[[], dict[str, NDArray] | None], layout: Layout) -> dict[str, NDArray] | None:
+    """Return on every rank what rank 0 reads."""
+    if layout.size == 1:
+        return read()
+    sent: Any = None
+    if layout.rank == 0:
+        found, file = read(), io.BytesIO()
+        if found is not None:
+            np.savez(file, allow_pickle=False, **found)  # type: ignore[arg-type]
+        sent = np.frombuffer(file.getvalue(), np.uint8)
+    received = layout.transport.broadcast(sent)
+    if not len(received):
+        return None
+    with np.load(io.BytesIO(received.tobytes()), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
