@@ -21,18 +21,31 @@ if TYPE_CHECKING:
 
 
 @njit(cache=True)
-def _level_up(values, lo, count, n):  # pragma: no cover - compiled
-    """Add neighbouring pairs in place: entries `lo..lo+count` of one level (all of it) become those of the next."""
-    first, last = lo // 2, (lo + count - 1) // 2
-    for parent in range(first, last + 1):
-        left, right = 2 * parent, 2 * parent + 1
-        row = parent - first
-        for c in range(values.shape[1]):
-            if right < n:
-                values[row, c] = values[left - lo, c] + values[right - lo, c]
-            else:
-                values[row, c] = values[left - lo, c]
-    return first, last - first + 1
+def _one_level(source, target, count):  # pragma: no cover - compiled
+    """Write the sums of neighbouring pairs of the first `count` rows to `target` (may be `source`); odd ones pass."""
+    for row in range(count // 2):
+        for c in range(source.shape[1]):
+            target[row, c] = source[2 * row, c] + source[2 * row + 1, c]
+    if count % 2:
+        target[count // 2] = source[count - 1]
+    return (count + 1) // 2
+
+
+@njit(cache=True)
+def _three_levels(source, target, count):  # pragma: no cover - compiled
+    """Do what `_one_level` does three times, in one pass over the rows."""
+    for row in range(count // 8):
+        s = source[8 * row : 8 * row + 8]
+        for c in range(source.shape[1]):
+            left = (s[0, c] + s[1, c]) + (s[2, c] + s[3, c])
+            target[row, c] = left + ((s[4, c] + s[5, c]) + (s[6, c] + s[7, c]))
+    if count % 8:
+        rest = source[count - count % 8 : count].copy()
+        left = count % 8
+        for _ in range(3):
+            left = _one_level(rest, rest, left)
+        target[count // 8] = rest[0]
+    return (count + 7) // 8
 
 
 def intervals(lo: int, hi: int, n: int) -> list[tuple[int, int]]:
@@ -54,22 +67,19 @@ def partial_sums(values: NDArray, lo: int, n: int) -> tuple[list[tuple[int, int]
     sums = np.empty((len(tiles), values.shape[1]), values.dtype)
     for place, (height, index) in enumerate(tiles):
         begin, end = index << height, min((index + 1) << height, n)
-        sums[place] = _interval(values[begin - lo : end - lo], begin, end, height)
+        sums[place] = _interval(values[begin - lo : end - lo], height)
     return tiles, sums
 
 
-def _interval(values: NDArray, begin: int, end: int, height: int) -> NDArray:
-    """Return the sum of one whole interval by its tree."""
-    if height == 0:
-        return values[0]
-    level = values.copy()
-    count, size = len(values), end - begin
-    for _ in range(height):
-        _, count = _level_up(level, 0, count, size)
-        size = count
-        if count == 1:
-            break
-    return level[0]
+def _interval(values: NDArray, height: int) -> NDArray:
+    """Return the sum of one interval by its tree; it has `2^height` rows, or fewer where it is cut at n."""
+    count, source = len(values), values
+    target = np.empty(((count + 1) // 2, values.shape[1]), values.dtype)
+    while count > 1:
+        step, levels = (_three_levels, 3) if height >= 3 else (_one_level, 1)
+        count = step(source, target, count)
+        source, height = target, height - levels
+    return source[0]
 
 
 def finish(tiles: list[tuple[int, int]], sums: NDArray, n: int) -> NDArray:
