@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numba import njit
@@ -188,7 +188,7 @@ def _terms(
 
 # Functions that allocate nothing are compiled without numba's reference counting, which would cost more than the sums
 # they do; places in arrays are unsigned, so that the compiler sees that none is negative, and vectorises.
-lean = partial(njit, _nrt=False, error_model="numpy")
+lean: Any = partial(cast(Any, njit), _nrt=False, error_model="numpy")
 
 
 @lean
