@@ -58,22 +58,41 @@ def uniform(seed, what, node, step, draw):  # pragma: no cover - compiled
     return second if draw & 1 else first
 
 
+@njit(inline="always")
+def normal_pair(seed, what, node, step, draw):  # pragma: no cover - compiled
+    """Return two independent standard normals for one counter (Box and Muller)."""
+    first, second = pair(seed, what, node, step, draw)
+    radius, angle = math.sqrt(-2.0 * math.log(1.0 - first)), 2.0 * math.pi * second
+    return radius * math.cos(angle), radius * math.sin(angle)
+
+
 @njit
 def normal(seed, what, node, step, draw):  # pragma: no cover - compiled
-    """Return number `draw` of a stream: a standard normal (Box and Muller, one pair of uniforms for two)."""
-    first, second = pair(seed, what, node, step, draw >> 1)
-    radius, angle = math.sqrt(-2.0 * math.log(1.0 - first)), 2.0 * math.pi * second
-    return radius * math.sin(angle) if draw & 1 else radius * math.cos(angle)
+    """Return number `draw` of a stream: a standard normal."""
+    first, second = normal_pair(seed, what, node, step, draw >> 1)
+    return second if draw & 1 else first
 
 
 @njit(cache=True)
-def _fill(seed, what, nodes, step, out, gaussian):  # pragma: no cover - compiled
+def _fill_uniform(seed, what, nodes, step, out):  # pragma: no cover - compiled
+    count = out.shape[1]
     for row in range(out.shape[0]):
-        for draw in range(out.shape[1]):
-            if gaussian:
-                out[row, draw] = normal(seed, what, nodes[row], step, draw)
-            else:
-                out[row, draw] = uniform(seed, what, nodes[row], step, draw)
+        for draw in range((count + 1) // 2):
+            first, second = pair(seed, what, nodes[row], step, draw)
+            out[row, 2 * draw] = first
+            if 2 * draw + 1 < count:
+                out[row, 2 * draw + 1] = second
+
+
+@njit(cache=True)
+def _fill_normal(seed, what, nodes, step, out):  # pragma: no cover - compiled
+    count = out.shape[1]
+    for row in range(out.shape[0]):
+        for draw in range((count + 1) // 2):
+            first, second = normal_pair(seed, what, nodes[row], step, draw)
+            out[row, 2 * draw] = first
+            if 2 * draw + 1 < count:
+                out[row, 2 * draw + 1] = second
 
 
 class Streams:
@@ -85,13 +104,13 @@ class Streams:
     def uniform(self, what: str, nodes: NDArray[np.int64], step: int, count: int) -> NDArray[np.float64]:
         """Return `[rows, count]` in [0, 1)."""
         out = np.empty((len(nodes), count))
-        _fill(self.seed, purpose(what), nodes, step, out, False)
+        _fill_uniform(self.seed, purpose(what), nodes, step, out)
         return out
 
     def normal(self, what: str, nodes: NDArray[np.int64], step: int, count: int) -> NDArray[np.float64]:
         """Return `[rows, count]`, standard normal."""
         out = np.empty((len(nodes), count))
-        _fill(self.seed, purpose(what), nodes, step, out, True)
+        _fill_normal(self.seed, purpose(what), nodes, step, out)
         return out
 
     def integers(
