@@ -1,0 +1,1 @@
+"""Speed, measured and never asserted: `make bench`, or `python -m benchmarks -k mixing`."""

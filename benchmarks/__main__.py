@@ -1,0 +1,17 @@
+"""Run the suites of this folder with one thread; further arguments go to pytest (`-k`, `--benchmark-json=FILE`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).parent
+SHOWN = "--benchmark-columns=min,median,ops,rounds", "--benchmark-group-by=group", "--benchmark-warmup=on"
+
+if __name__ == "__main__":
+    options = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-W", "default", *SHOWN]
+    sys.exit(pytest.main([str(HERE), *options, *sys.argv[1:]]))
