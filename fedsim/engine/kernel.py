@@ -1,6 +1,7 @@
 """The event kernel: plays any table of coefficients (`Dynamics`) over `v [rows, k, dim]`, in place.
 
-It is compiled once: objectives enter through one function signature, so that a user's own needs no new kernel. The order of every sum is the one that `fedsim.engine.plain`, its oracle, writes out.
+It is compiled once: objectives enter through one function signature, so that a user's own needs no new kernel.
+The order of every sum is the one that `fedsim.engine.plain`, its oracle, writes out.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 Reals = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-TILE = 128
-"""Coordinates handled at a time: the tiles of two nodes stay in the first-level cache."""
-_LANES = 8
+TILE = 2048
+"""Coordinates handled at a time: the tiles of two nodes stay in the second-level cache, and calls cost little."""
 _u = np.uint64
 
 _reals, _ints = types.Array(types.float64, 1, "C"), types.Array(types.int64, 1, "C")
@@ -97,10 +97,9 @@ class State(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for one event: two flow matrices, tiles before and after, messages, jump, point and gradient."""
+    """Room for one event: two flow matrices, tiles, messages, jump, point and gradient."""
 
     flow: Reals
-    old: Reals
     own: Reals
     other: Reals
     m: Reals
@@ -112,9 +111,9 @@ class Scratch(NamedTuple):
 
 def scratch(k: int, dim: int) -> Scratch:
     """Return the room that events of k variables of length `dim` need."""
-    old, own, other = np.zeros((3, k * TILE))
+    own, other = np.zeros((2, k * TILE))
     m, m_other = np.zeros((2, TILE))
-    return Scratch(np.zeros(2 * k * k), old, own, other, m, m_other, np.zeros(k), np.zeros(dim), np.zeros(dim))
+    return Scratch(np.zeros(2 * k * k), own, other, m, m_other, np.zeros(k), np.zeros(dim), np.zeros(dim))
 
 
 def table(dynamics: Dynamics, flow: Flow) -> Table:
@@ -222,65 +221,91 @@ def _two(out, to, s, p, a, q, b, size):  # pragma: no cover - compiled
 
 
 @lean
-def _four(out, to, s, p, a, q, b, u, d, w, e, size):  # pragma: no cover - compiled
+def _three(out, to, s, p, a, q, b, r, d, size):  # pragma: no cover - compiled
+    for c in range(size):
+        out[_u(to) + _u(c)] = a * s[_u(p) + _u(c)] + b * s[_u(q) + _u(c)] + d * s[_u(r) + _u(c)]
+
+
+@lean
+def _six(out, to, s, p, step, m, row, size):  # pragma: no cover - compiled
+    a, b, d, e, f, g = m[row], m[row + 1], m[row + 2], m[row + 3], m[row + 4], m[row + 5]
+    p, q, r, u, w, x = _u(p), _u(p + step), _u(p + 2 * step), _u(p + 3 * step), _u(p + 4 * step), _u(p + 5 * step)
     for i in range(size):
         c = _u(i)
-        out[_u(to) + c] = a * s[_u(p) + c] + b * s[_u(q) + c] + d * s[_u(u) + c] + e * s[_u(w) + c]
+        out[_u(to) + c] = a * s[p + c] + b * s[q + c] + d * s[r + c] + e * s[u + c] + f * s[w + c] + g * s[x + c]
 
 
 @lean
-def _combine(out, to, s, m, row, columns, start, count, size):  # pragma: no cover - compiled
-    """`out[to + c] = sum_b m[row + b] s[b TILE + c]` over the columns b of the pattern, ascending."""
-    b, d = columns[start], columns[start + min(1, count - 1)]
-    if count >= 4:
-        e, f = columns[start + 2], columns[start + 3]
-        _four(out, to, s, b * TILE, m[row + b], d * TILE, m[row + d], e * TILE, m[row + e], f * TILE, m[row + f], size)
-    elif count >= 2:
-        _two(out, to, s, b * TILE, m[row + b], d * TILE, m[row + d], size)
-    else:
-        _one(out, to, s, b * TILE, m[row + b], size)
-    done = 4 if count >= 4 else 2 if count >= 2 else 1
-    for place in range(start + done, start + count):
-        b = columns[place]
-        _add(out, to, m[row + b], s, b * TILE, size)
-
-
-@lean
-def _weighted(out, weights, s, size):  # pragma: no cover - compiled
-    """`out[c] = sum of weights[b] s[b TILE + c]` over the b with a weight."""
-    _zero(out, 0, size)
-    for b in range(len(weights)):
-        if weights[b] != 0.0:
-            _add(out, 0, weights[b], s, b * TILE, size)
-
-
-@lean
-def _times(tile, old, v, at, dim, matrix, start, pattern, moves, size, padded):  # pragma: no cover - compiled
-    """Load `size` coordinates of a node, from place `at` of v on, and multiply them by a matrix if it moves."""
-    k = len(pattern.counts)
-    if not moves:
-        for b in range(k):
-            _copy(tile, b * TILE, v, at + b * dim, size)
+def _combine(out, to, v, at, dim, m, row, pattern, a, size):  # pragma: no cover - compiled
+    """`out[to + c] = sum_b m[row + b] v[at + b dim + c]` over the columns b of row a of the pattern, ascending."""
+    k, count = len(pattern.counts), pattern.counts[a]
+    first = a * k
+    b = pattern.columns[first]
+    if k == 6 and count == 6:
+        _six(out, to, v, at, dim, m, row, size)
         return
-    for b in range(k):
-        _copy(old, b * TILE, v, at + b * dim, size)
-    for a in range(k):
-        _combine(tile, a * TILE, old, matrix, start + a * k, pattern.columns, a * k, pattern.counts[a], padded)
+    if count == 1:
+        _one(out, to, v, at + b * dim, m[row + b], size)
+        return
+    d = pattern.columns[first + 1]
+    if count == 2:
+        _two(out, to, v, at + b * dim, m[row + b], at + d * dim, m[row + d], size)
+        return
+    e = pattern.columns[first + 2]
+    _three(out, to, v, at + b * dim, m[row + b], at + d * dim, m[row + d], at + e * dim, m[row + e], size)
+    for place in range(first + 3, first + count):
+        b = pattern.columns[place]
+        _add(out, to, m[row + b], v, at + b * dim, size)
 
 
 @lean
-def _store(v, at, dim, tile, k, size):  # pragma: no cover - compiled
-    for b in range(k):
-        _copy(v, at + b * dim, tile, b * TILE, size)
+def _weighted(out, weights, v, at, step, size):  # pragma: no cover - compiled
+    """`out[c] = sum of weights[b] v[at + b step + c]` over the b with a weight."""
+    empty = True
+    for b in range(len(weights)):
+        if weights[b] != 0.0 and empty:
+            _one(out, 0, v, at + b * step, weights[b], size)
+            empty = False
+        elif weights[b] != 0.0:
+            _add(out, 0, weights[b], v, at + b * step, size)
+    if empty:
+        _zero(out, 0, size)
 
 
 @lean
-def _multiply(v, at, dim, matrix, pattern, tile, old):  # pragma: no cover - compiled
+def _times(tile, v, at, dim, matrix, start, pattern, moves, size):  # pragma: no cover - compiled
+    """Write `size` coordinates of a node, from place `at` of v on, to a tile, times a matrix if it moves."""
+    for a in range(len(pattern.counts)):
+        if moves:
+            _combine(tile, a * TILE, v, at, dim, matrix, start + a * len(pattern.counts), pattern, a, size)
+        else:
+            _copy(tile, a * TILE, v, at + a * dim, size)
+
+
+@lean
+def _multiply(v, at, dim, matrix, pattern, tile):  # pragma: no cover - compiled
     """`v <- matrix v` for one node, in place."""
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
-        _times(tile, old, v, at + lo, dim, matrix, 0, pattern, True, size, (size + _LANES - 1) & -_LANES)
-        _store(v, at + lo, dim, tile, len(pattern.counts), size)
+        _times(tile, v, at + lo, dim, matrix, 0, pattern, True, size)
+        for a in range(len(pattern.counts)):
+            _copy(v, at + lo + a * dim, tile, a * TILE, size)
+
+
+@lean
+def _store(v, at, dim, tile, jump, factor, m, size):  # pragma: no cover - compiled
+    """Write a tile back, plus `factor * jump` times the difference of messages where there is a jump."""
+    for a in range(len(jump)):
+        if jump[a] != 0.0:
+            _copy_plus(v, at + a * dim, tile, a * TILE, factor * jump[a], m, size)
+        else:
+            _copy(v, at + a * dim, tile, a * TILE, size)
+
+
+@lean
+def _copy_plus(out, to, values, start, factor, m, size):  # pragma: no cover - compiled
+    for c in range(size):
+        out[_u(to) + _u(c)] = values[_u(start) + _u(c)] + factor * m[_u(c)]
 
 
 @lean
@@ -320,25 +345,20 @@ def _meet(depth, i, j):  # pragma: no cover - compiled
 def gossip(state, table, room, i, j, e, t):  # pragma: no cover - compiled
     """Exchange messages between rows i and j over edge e; return whether their difference is finite."""
     k, dim, v, good = len(table.point), len(room.x), state.v, True
-    own, other, old, m, m_other, jump, flow = room.own, room.other, room.old, room.m, room.m_other, room.jump, room.flow
+    own, other, m, m_other, jump, flow = room.own, room.other, room.m, room.m_other, room.jump, room.flow
     moves_i = _elapse(state, table, i, t, flow, 0)
     moves_j = _elapse(state, table, j, t, flow, k * k)
     _write_jump(table, jump, e)
     for lo in range(0, dim, TILE):
-        size = min(TILE, dim - lo)
-        padded = (size + _LANES - 1) & -_LANES
-        _times(own, old, v, i * k * dim + lo, dim, flow, 0, table.pattern, moves_i, size, padded)
-        _times(other, old, v, j * k * dim + lo, dim, flow, k * k, table.pattern, moves_j, size, padded)
-        _weighted(m, table.message, own, padded)
-        _weighted(m_other, table.message, other, padded)
-        _add(m, 0, -1.0, m_other, 0, padded)
+        size, at_i, at_j = min(TILE, dim - lo), i * k * dim + lo, j * k * dim + lo
+        _times(own, v, at_i, dim, flow, 0, table.pattern, moves_i, size)
+        _times(other, v, at_j, dim, flow, k * k, table.pattern, moves_j, size)
+        _weighted(m, table.message, own, 0, TILE, size)
+        _weighted(m_other, table.message, other, 0, TILE, size)
+        _add(m, 0, -1.0, m_other, 0, size)
         good &= _finite(m, size)
-        for a in range(k):
-            if jump[a] != 0.0:
-                _add(own, a * TILE, jump[a], m, 0, padded)
-                _add(other, a * TILE, -jump[a], m, 0, padded)
-        _store(v, i * k * dim + lo, dim, own, k, size)
-        _store(v, j * k * dim + lo, dim, other, k, size)
+        _store(v, at_i, dim, own, jump, 1.0, m, size)
+        _store(v, at_j, dim, other, jump, -1.0, m, size)
     _meet(state.depth, i, j)
     return good
 
@@ -363,11 +383,8 @@ def read(state, table, room, i, t):  # pragma: no cover - compiled
     dim = len(room.x)
     at = i * len(table.point) * dim
     if _elapse(state, table, i, t, room.flow, 0):
-        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.old)
-    _zero(room.x, 0, dim)
-    for a in range(len(table.point)):
-        if table.point[a] != 0.0:
-            _add(room.x, 0, table.point[a], state.v, at + a * dim, dim)
+        _multiply(state.v, at, dim, room.flow, table.pattern, room.own)
+    _weighted(room.x, table.point, state.v, at, dim, dim)
 
 
 @lean
@@ -379,7 +396,7 @@ def apply(state, table, room, i):  # pragma: no cover - compiled
         if table.residual[a] != 0.0:
             _add(room.g, 0, table.residual[a], state.v, at + a * dim, dim)
     if len(table.gradient_map) > 0:
-        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own, room.old)
+        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own)
     factor = decayed(state.gradients[i], table.decay)
     for a in range(len(table.point)):
         if table.gradient_jump[a] != 0.0:

@@ -144,8 +144,11 @@ def _add(out: Reals, weights: Reals, v: Reals) -> None:
 
 
 def _weighted(weights: Reals, v: Reals) -> Reals:
-    out = np.zeros(v.shape[1])
-    _add(out, weights, v)
+    used = np.flatnonzero(weights)
+    if len(used) == 0:
+        return np.zeros(v.shape[1])
+    out = weights[used[0]] * v[used[0]].astype(np.float64)
+    _add(out, weights[used[1:]], v[used[1:]])
     return out
 
 
