@@ -20,6 +20,7 @@ from fedsim.engine.oracle import BlockOracle
 from fedsim.engine.sampling import check
 from fedsim.engine.streams import RoundDraws, Streams
 from fedsim.errors import Diverged, InputError, RunError
+from fedsim.job import counts_of_all
 from fedsim.problems.problem import Problem
 
 BLOCK_BYTES = 1 << 20  # of one variable: blocks of this size are fastest, they stay in the second-level cache
@@ -113,16 +114,19 @@ class Rounds:
         return fields
 
     def save(self) -> dict[str, NDArray]:
-        """Return the state, the round, the number of draws and the counts."""
+        """Return the state, the round, the number of draws and the counts of all ranks (which all call this)."""
         saved = {f"state.{name}": value for name, value in self.final().items()}
         saved["round"] = np.array([self._round, self._oracles[0].draws])
-        saved.update({f"count.{name}": np.array(value) for name, value in self.counts.as_dict().items()})
+        saved.update({f"count.{name}": np.array(v) for name, v in counts_of_all(self.counts, self._layout).items()})
         return saved
 
     def load(self, saved: dict[str, NDArray]) -> None:
         """Go back to a saved state."""
         self._round, draws = (int(v) for v in saved["round"])
-        self.counts.restore({k[6:]: int(v) for k, v in saved.items() if k.startswith("count.")})
+        if self._layout.rank == 0:  # counts are added up over ranks
+            self.counts.restore({k[6:]: int(v) for k, v in saved.items() if k.startswith("count.")})
+        else:
+            self.counts.restore(Counts().as_dict())
         kinds = _fields(type(self._states[0]))
         for block, rows in enumerate(self._blocks):
             self._oracles[block].draws = draws
