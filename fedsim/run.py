@@ -41,8 +41,8 @@ def run(
     short: bool = False,
     folder: str | Path | None = None,
     topology: Topology | Any | None = None,
-    problem: Problem | None = None,
-    algorithm: Algorithm | None = None,
+    problem: Problem | dict[str, Any] | None = None,
+    algorithm: Algorithm | dict[str, Any] | None = None,
     progress: Progress | None = None,
     **sections: Any,
 ) -> Result | StudyResult:
@@ -53,7 +53,7 @@ def run(
         overrides: `"algorithm.gamma=0.1"` strings or a dictionary of dotted keys.
         short: play the scenario's `short` form.
         folder: where the results go (default `runs/NAME`, numbered when it exists); it must not hold results.
-        topology, problem, algorithm: live objects that replace the sections; a networkx graph is a topology.
+        topology, problem, algorithm: live objects (a networkx graph is a topology), or sections as dictionaries.
         progress: called with (run, now, horizon, last metrics) after every observation.
         sections: further sections as keyword arguments (`schedule={"horizon": 50}`).
 
@@ -66,7 +66,10 @@ def run(
 
     prepare_machine()
     transport = connected()
-    live = Live(_as_topology(topology), problem, algorithm)
+    given = {"topology": topology, "problem": problem, "algorithm": algorithm}
+    sections |= {name: value for name, value in given.items() if isinstance(value, dict)}
+    objects: dict[str, Any] = {name: None if isinstance(value, dict) else value for name, value in given.items()}
+    live = Live(_as_topology(objects["topology"]), objects["problem"], objects["algorithm"])
     if isinstance(scenario, Study):
         study = scenario
     else:

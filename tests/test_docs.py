@@ -1,0 +1,38 @@
+"""Every snippet of the README and the guide runs as it is printed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+
+
+def run(command, folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_snippets_run(page, tmp_path):
+    """Files are written, commands exit with 0, and Python runs, in the order of the page."""
+    (tmp_path / "scenarios").symlink_to(ROOT / "scenarios")
+    played = 0
+    for language, text in BLOCK.findall(page.read_text()):
+        name = re.match(r"# file: (\S+)\n", text)
+        if name:
+            (tmp_path / name[1]).write_text(text)
+        elif language == "python":
+            run([sys.executable, "-c", text], tmp_path)
+        elif language == "console":
+            for line in text.splitlines():
+                run([sys.executable, "-m", *shlex.split(line.removeprefix("$ "))], tmp_path)
+        played += 1
+    assert played

@@ -1,0 +1,24 @@
+"""Every shipped scenario plays, as it is, in its short form."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import fedsim
+
+SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SCENARIOS, ids=lambda f: f.stem)
+def test_the_short_form_plays_and_leaves_a_readable_result(tmp_path, file):
+    """The short form ends finished, with finite metrics, a digest and a picture."""
+    result = fedsim.run(file, short=True, folder=tmp_path / "out")
+    assert result.status == "finished"
+    assert result.digest
+    for run in result.runs:
+        last = run.summary()["last"]
+        assert all(math.isfinite(value) for value in last.values())
+        json.dumps(run.summary())
+    assert all(f.stat().st_size > 0 for f in result.plot())
