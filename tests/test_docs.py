@@ -36,3 +36,16 @@ def test_snippets_run(page, tmp_path):
                 run([sys.executable, "-m", *shlex.split(line.removeprefix("$ "))], tmp_path)
         played += 1
     assert played
+
+
+def test_every_algorithm_has_its_current_page():
+    """docs/algorithms holds one page per registered algorithm, made from its docstring (`python docs/pages.py`)."""
+    import importlib.util
+
+    from fedsim import registry
+
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    for kind in registry.KINDS["algorithm"]:
+        assert (ROOT / "docs" / "algorithms" / f"{kind}.md").read_text() == pages.page(kind)

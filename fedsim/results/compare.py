@@ -142,7 +142,8 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
 
 def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
     runs = [run for group in groups.values() for run in group]
-    metric = next((m for m in ("distance", "stationarity", "loss", "consensus") if all(m in run.metrics for run in runs)), None)
+    known = ("distance", "stationarity", "loss", "consensus")
+    metric = next((m for m in known if all(m in run.metrics for run in runs)), None)
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
     if metric is None or not (np.isfinite(worst) and worst > 0):
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
