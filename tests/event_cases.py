@@ -75,6 +75,18 @@ class Squares(Problem):
         return torch.from_numpy(np.linalg.lstsq(a, b, rcond=None)[0])
 
 
+class SinglePrecision(Squares):
+    """The same in float32: models and gradients."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
+        assert x.dtype == torch.float32
+        return super().gradient(x.double(), nodes, batch).float()
+
+
 def random_squares(n: int, dim: int, records: int = 4, seed: int = 0, compiles: bool = True) -> Squares:
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((n, records, dim)) / np.sqrt(dim) + np.eye(records, dim)
@@ -119,7 +131,7 @@ def events(dynamics: Dynamics, problem: Problem, topology: Topology, seed: int =
     setting = RunSetting(problem, topology, rates)
     start = np.random.default_rng(5).standard_normal((problem.n, problem.dim)) if x0 is None else x0
     layout = Layout(topology)
-    x0 = torch.from_numpy(np.ascontiguousarray(start[layout.nodes]))
+    x0 = torch.from_numpy(np.ascontiguousarray(start[layout.nodes])).to(problem.dtype)
     player = Events(Table(dynamics), setting, problem, layout, rates, x0, seed, **given)
     player.start()
     return player

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from event_cases import events, random_squares, ring, three_variables
+from event_cases import SinglePrecision, events, random_squares, ring, three_variables
 
 from fedsim.algorithms.algorithm import Sampling
 from fedsim.topology.topology import Topology
@@ -56,3 +56,17 @@ def test_waves_are_chosen_where_nothing_is_compiled():
     compiled = events(three_variables(), random_squares(7, 5), ring(7))
     assert (batched.player, compiled.player) == ("waves", "kernel")
     assert np.allclose(state(batched)["v"], state(compiled)["v"], rtol=1e-11, atol=1e-12)
+
+
+def test_single_precision_keeps_its_width():
+    """A float32 problem is played in float32 rows, with the bits of the plain loop, and half the bytes."""
+    double = random_squares(7, 5)
+    problem = SinglePrecision(double.a, double.b)
+    runs = [events(three_variables(), problem, ring(7), player=player) for player in ("plain", "waves", "auto")]
+    plain, waves, auto = map(state, runs)
+    assert runs[2].player == "waves"
+    assert waves["v"].dtype == np.float32
+    assert runs[2].outputs().dtype == problem.dtype
+    assert all(np.array_equal(plain[name], waves[name]) for name in plain)
+    assert all(np.array_equal(auto[name], waves[name]) for name in plain)
+    assert runs[0].counts.bytes == runs[0].counts.messages * 5 * 4

@@ -156,7 +156,7 @@ class Events:
         assert self._flow is not None
         assert self._compiled is not None
         table, objective = kernel.table(self._table, self._flow), self._compiled
-        room = kernel.scratch(self._table.k, self._problem.dim)
+        room = kernel.scratch(self.state.v)
         data = kernel.data(objective, self._problem.records, self._layout.nodes, self._sampling, self._seed)
 
         def play(batch: Batch) -> int:

@@ -97,9 +97,10 @@ class State(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for one event: two flow matrices, tiles, messages, jump, point and gradient."""
+    """Room for one event: two flow matrices, a sum, tiles, messages, jump, point and gradient."""
 
     flow: Reals
+    total: Reals
     own: Reals
     other: Reals
     m: Reals
@@ -109,11 +110,13 @@ class Scratch(NamedTuple):
     g: Reals
 
 
-def scratch(k: int, dim: int) -> Scratch:
-    """Return the room that events of k variables of length `dim` need."""
-    own, other = np.zeros((2, k * TILE))
-    m, m_other = np.zeros((2, TILE))
-    return Scratch(np.zeros(2 * k * k), own, other, m, m_other, np.zeros(k), np.zeros(dim), np.zeros(dim))
+def scratch(v: NDArray) -> Scratch:
+    """Return the room that events on `v [rows, k, dim]` need, in its type."""
+    _, k, dim = v.shape
+    own, other = np.zeros((2, k * TILE), v.dtype)
+    m, m_other = np.zeros((2, TILE), v.dtype)
+    x, g = np.zeros((2, dim), v.dtype)
+    return Scratch(np.zeros(2 * k * k), np.zeros(TILE), own, other, m, m_other, np.zeros(k), x, g)
 
 
 def table(dynamics: Dynamics, flow: Flow) -> Table:
@@ -236,7 +239,7 @@ def _six(out, to, s, p, step, m, row, size):  # pragma: no cover - compiled
 
 
 @lean
-def _combine(out, to, v, at, dim, m, row, pattern, a, size):  # pragma: no cover - compiled
+def _combine(out, to, total, v, at, dim, m, row, pattern, a, size):  # pragma: no cover - compiled
     """`out[to + c] = sum_b m[row + b] v[at + b dim + c]` over the columns b of row a of the pattern, ascending."""
     k, count = len(pattern.counts), pattern.counts[a]
     first = a * k
@@ -252,10 +255,14 @@ def _combine(out, to, v, at, dim, m, row, pattern, a, size):  # pragma: no cover
         _two(out, to, v, at + b * dim, m[row + b], at + d * dim, m[row + d], size)
         return
     e = pattern.columns[first + 2]
-    _three(out, to, v, at + b * dim, m[row + b], at + d * dim, m[row + d], at + e * dim, m[row + e], size)
+    if count == 3:
+        _three(out, to, v, at + b * dim, m[row + b], at + d * dim, m[row + d], at + e * dim, m[row + e], size)
+        return
+    _three(total, 0, v, at + b * dim, m[row + b], at + d * dim, m[row + d], at + e * dim, m[row + e], size)
     for place in range(first + 3, first + count):
         b = pattern.columns[place]
-        _add(out, to, m[row + b], v, at + b * dim, size)
+        _add(total, 0, m[row + b], v, at + b * dim, size)
+    _copy(out, to, total, 0, size)
 
 
 @lean
@@ -273,21 +280,21 @@ def _weighted(out, weights, v, at, step, size):  # pragma: no cover - compiled
 
 
 @lean
-def _times(tile, v, at, dim, matrix, start, pattern, moves, size):  # pragma: no cover - compiled
+def _times(tile, total, v, at, dim, matrix, start, pattern, moves, size):  # pragma: no cover - compiled
     """Write `size` coordinates of a node, from place `at` of v on, to a tile, times a matrix if it moves."""
     for a in range(len(pattern.counts)):
         if moves:
-            _combine(tile, a * TILE, v, at, dim, matrix, start + a * len(pattern.counts), pattern, a, size)
+            _combine(tile, a * TILE, total, v, at, dim, matrix, start + a * len(pattern.counts), pattern, a, size)
         else:
             _copy(tile, a * TILE, v, at + a * dim, size)
 
 
 @lean
-def _multiply(v, at, dim, matrix, pattern, tile):  # pragma: no cover - compiled
+def _multiply(v, at, dim, matrix, pattern, tile, total):  # pragma: no cover - compiled
     """`v <- matrix v` for one node, in place."""
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
-        _times(tile, v, at + lo, dim, matrix, 0, pattern, True, size)
+        _times(tile, total, v, at + lo, dim, matrix, 0, pattern, True, size)
         for a in range(len(pattern.counts)):
             _copy(v, at + lo + a * dim, tile, a * TILE, size)
 
@@ -351,8 +358,8 @@ def gossip(state, table, room, i, j, e, t):  # pragma: no cover - compiled
     _write_jump(table, jump, e)
     for lo in range(0, dim, TILE):
         size, at_i, at_j = min(TILE, dim - lo), i * k * dim + lo, j * k * dim + lo
-        _times(own, v, at_i, dim, flow, 0, table.pattern, moves_i, size)
-        _times(other, v, at_j, dim, flow, k * k, table.pattern, moves_j, size)
+        _times(own, room.total, v, at_i, dim, flow, 0, table.pattern, moves_i, size)
+        _times(other, room.total, v, at_j, dim, flow, k * k, table.pattern, moves_j, size)
         _weighted(m, table.message, own, 0, TILE, size)
         _weighted(m_other, table.message, other, 0, TILE, size)
         _add(m, 0, -1.0, m_other, 0, size)
@@ -383,7 +390,7 @@ def read(state, table, room, i, t):  # pragma: no cover - compiled
     dim = len(room.x)
     at = i * len(table.point) * dim
     if _elapse(state, table, i, t, room.flow, 0):
-        _multiply(state.v, at, dim, room.flow, table.pattern, room.own)
+        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.total)
     _weighted(room.x, table.point, state.v, at, dim, dim)
 
 
@@ -396,7 +403,7 @@ def apply(state, table, room, i):  # pragma: no cover - compiled
         if table.residual[a] != 0.0:
             _add(room.g, 0, table.residual[a], state.v, at + a * dim, dim)
     if len(table.gradient_map) > 0:
-        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own)
+        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own, room.total)
     factor = decayed(state.gradients[i], table.decay)
     for a in range(len(table.point)):
         if table.gradient_jump[a] != 0.0:

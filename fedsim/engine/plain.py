@@ -87,7 +87,7 @@ def _gossip(rules: Rules, state: State, i: int, j: int, edge: int, t: float) -> 
 
 
 class TableRules:
-    """The rules of a table of coefficients."""
+    """The rules of a table of coefficients; every result is rounded to the type of the state as it is stored."""
 
     def __init__(self, table: Dynamics, flow: Flow, gradients: RowGradients) -> None:
         self._t, self._flow, self._gradients = table, flow, gradients
@@ -104,7 +104,7 @@ class TableRules:
 
     def gradient(self, v: Reals, g: Reals, count: int) -> Reals:
         """`e = g + residual . v`; `v <- gradient_map v + decay * gradient_jump (x) e`."""
-        e = g.astype(np.float64)
+        e = g.copy()
         _add(e, self._t.residual, v)
         if self._t.gradient_map is not None:
             v[:] = _times(self._t.gradient_map, np.ones((len(v), len(v)), bool), v)
@@ -128,7 +128,7 @@ class TableRules:
 
 def _times(matrix: Reals, used: NDArray[np.bool_], v: Reals) -> Reals:
     """Return `matrix v`, every sum over ascending columns, without the entries that are not used."""
-    out = np.empty_like(v)
+    out = np.empty(v.shape)
     for a, row in enumerate(matrix):
         first, *others = np.flatnonzero(used[a])
         out[a] = row[first] * v[first]
@@ -146,8 +146,8 @@ def _add(out: Reals, weights: Reals, v: Reals) -> None:
 def _weighted(weights: Reals, v: Reals) -> Reals:
     used = np.flatnonzero(weights)
     if len(used) == 0:
-        return np.zeros(v.shape[1])
-    out = weights[used[0]] * v[used[0]].astype(np.float64)
+        return np.zeros(v.shape[1], v.dtype)
+    out = (weights[used[0]] * v[used[0]]).astype(v.dtype)
     _add(out, weights[used[1:]], v[used[1:]])
     return out
 

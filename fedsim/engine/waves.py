@@ -8,13 +8,11 @@ bits are those of the plain loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, typeof, types
+from numba import njit
 from numpy.typing import NDArray
 
 from fedsim.engine.kernel import State, apply, gossip, move, read, scratch
@@ -47,10 +45,10 @@ class Waves:
     """Plays a table of coefficients over a problem whose gradients are taken in batches of rows."""
 
     def __init__(self, dynamics: Dynamics, flow: Flow, gradients: RowGradients, state: State) -> None:
-        rows, k, dim = state.v.shape
+        rows, _, dim = state.v.shape
         self._dual, self._gradients, self._state = dynamics.dual, gradients, state
-        self._table, self._room = arrays_of(dynamics, flow), scratch(k, dim)
-        self._flat = state._replace(v=state.v.reshape(-1))
+        flat = state._replace(v=state.v.reshape(-1))
+        self._compiled = flat, arrays_of(dynamics, flow), scratch(state.v)
         self._wave = Wave(
             np.zeros(rows, np.int64),
             np.zeros(rows, np.int64),
@@ -62,7 +60,7 @@ class Waves:
         """Play a batch of events; return the place of the first at which something was not finite, or -1."""
         left, bad = np.arange(len(batch.time)), len(batch.time)
         while len(left):
-            kept, awaited, worst = self._call(_pass, batch, left, self._wave, self._dual)
+            kept, awaited, worst = _pass(*self._compiled, batch, left, self._wave, self._dual)
             left = left[:kept]
             if awaited:
                 worst = min(worst, self._answer(batch, awaited))
@@ -83,20 +81,10 @@ class Waves:
             )
         if meets.any():
             answers[meets] = self._gradients.dual(rows[meets], points[torch.from_numpy(meets)])
-        return self._call(_finish, batch, self._wave.event[:awaited], rows, answers)
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        every = (self._flat, self._table, self._room, *arguments)
-        return _compiled(function, tuple(typeof(a) for a in every))(*every)
+        return _finish(*self._compiled, batch, self._wave.event[:awaited], rows, answers)
 
 
-@cache
-def _compiled(function: Callable[..., Any], signature: tuple[types.Type, ...]) -> Callable[..., Any]:
-    compiled = njit(cache=True, error_model="numpy")(function)
-    compiled.compile(signature)
-    return compiled
-
-
+@njit(cache=True, error_model="numpy")
 def _pass(state, table, room, batch, left, wave, dual):  # pragma: no cover - compiled
     """Play what can be played; return how many events are left, how many answers are awaited, the first bad event."""
     kept, awaited, bad = 0, 0, len(batch.time)
@@ -124,6 +112,7 @@ def _pass(state, table, room, batch, left, wave, dual):  # pragma: no cover - co
     return kept, awaited, bad
 
 
+@njit(cache=True, error_model="numpy")
 def _finish(state, table, room, batch, events, rows, answers):  # pragma: no cover - compiled
     """End the events with their answers; return the first that is not finite."""
     bad, place = len(batch.time), 0
