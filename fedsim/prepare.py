@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine.layout import Layout
-from fedsim.errors import InputError, Unsupported
+from fedsim.errors import InputError
 from fedsim.job import connected
 from fedsim.setting import RunSetting
 
@@ -91,8 +91,6 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal"),
     )
     layout = Layout(topology, transport=connected(scenario.engine["transport"], scenario.engine["timeout"]))
-    if not sync and layout.size > 1:
-        raise Unsupported("events over several processes are not supported yet; run this scenario in one process")
     return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -352,6 +352,9 @@ def _check_component(
         return
     if ":" in kind and section == "problem":
         return  # a user's own problem reads its own keys
+    if not is_dataclass(cls):
+        mistakes.add((*path, "kind"), f"{cls.__name__} is no dataclass; put @dataclass(frozen=True) before the class")
+        return
     own = [f.name for f in fields(cls) if f.init]
     beside = [name for name in BESIDE[section] if name not in own]
     known = _known_keys(path, rest, (*own, *beside), mistakes)

@@ -20,6 +20,8 @@ Ints = NDArray[np.int64]
 Reals = NDArray[np.float64]
 
 NODE_CLOCK, EDGE_CLOCK = purpose("node clock"), purpose("edge clock")
+NOBODY, FOREIGN = -1, -2
+"""In place of an event's second row: it is a gradient. In place of either row: the node lies on another rank."""
 LEAST_WINDOW = 65_536
 """Events drawn at a time, at least (where there are that many): enough to make the pass over all clocks cheap."""
 
@@ -29,7 +31,8 @@ class Batch(NamedTuple):
 
     Attributes:
         time: float64 `[events]`.
-        a: int64, the row of the gradient, or of the edge's first end. b: the row of its second end, -1 for a gradient.
+        a: int64, the row of the gradient, or of the edge's first end. b: the row of its second end, `NOBODY` for a
+            gradient. One of them may be `FOREIGN`.
         edge: int64, the edge's number, -1 for a gradient.
     """
 
@@ -58,7 +61,7 @@ class Clocks:
             nodes: numbers of the nodes that have gradient clocks here.
             edges: numbers of the edges that tick here.
             ends: `[m, 2]` node numbers of all edges. rates: `[m]` ticks per unit of time of all edges.
-            row: `[n]`, the row of each node number.
+            row: `[n]`, the row of each node number, `FOREIGN` where another rank holds it.
             node_clocks: False: only edges tick.
         """
         nodes = np.sort(nodes) if node_clocks else np.empty(0, np.int64)
@@ -68,9 +71,11 @@ class Clocks:
         self._u = np.concatenate([nodes, ends[edges, 0]])
         self._v = np.concatenate([np.zeros(len(nodes), np.int64), ends[edges, 1]])
         self._mean = np.concatenate([np.ones(len(nodes)), 1.0 / rates[edges]])
-        self._edge = edges
+        self._edge, self._edges = edges, len(rates)
         self._row = row
         self._total = float(len(nodes) + rates[edges].sum())
+        everybody = len(row) if node_clocks else 0
+        self._window = max(LEAST_WINDOW, everybody + np.count_nonzero(rates > 0.0)), everybody + float(rates.sum())
         self.count = np.zeros(len(self._u), np.int64)
         self.next = np.zeros(len(self._u))
         self.now = 0.0
@@ -78,8 +83,12 @@ class Clocks:
 
     @property
     def window(self) -> float:
-        """Length of time in which about as many events happen as one pass over all clocks is worth."""
-        return max(LEAST_WINDOW, len(self._u)) / self._total if self._total > 0.0 else math.inf
+        """Length of time in which about as many events happen as one pass over all clocks is worth.
+
+        It follows from the whole graph, so that every rank takes the same.
+        """
+        events, total = self._window
+        return events / total if total > 0.0 else math.inf
 
     def until(self, end: float) -> Batch:
         """Return the events after the last call's end and not later than `end`; the clocks go on from there."""
@@ -100,12 +109,25 @@ class Clocks:
         return self._events(time, clock)
 
     def save(self) -> dict[str, np.ndarray]:
-        """Return the time and the number of every clock's next tick."""
-        return {"clock_next": self.next.copy(), "clock_count": self.count.copy(), "clock_now": np.array(self.now)}
+        """Return the time and the number of every clock's next tick.
+
+        `node_next`, `node_count`: `[rows]`. `edge_next`, `edge_count`: `[m]`, 0 where an edge does not tick here.
+        """
+        nodes, edges = slice(None, self._nodes), slice(self._nodes, None)
+        saved = {"clock_now": np.array(self.now)}
+        for name, values in (("next", self.next), ("count", self.count)):
+            saved[f"node_{name}"] = np.zeros(int((self._row >= 0).sum()), values.dtype)
+            saved[f"node_{name}"][self._row[self._u[nodes]]] = values[nodes]
+            saved[f"edge_{name}"] = np.zeros(self._edges, values.dtype)
+            saved[f"edge_{name}"][self._edge] = values[edges]
+        return saved
 
     def load(self, saved: dict[str, np.ndarray]) -> None:
         """Go back to what `save` returned."""
-        self.next[:], self.count[:] = saved["clock_next"], saved["clock_count"]
+        nodes, edges = slice(None, self._nodes), slice(self._nodes, None)
+        for name, values in (("next", self.next), ("count", self.count)):
+            values[nodes] = saved[f"node_{name}"][self._row[self._u[nodes]]]
+            values[edges] = saved[f"edge_{name}"][self._edge]
         self.now = float(saved["clock_now"])
 
     def _events(self, time: Reals, clock: Ints) -> Batch:
@@ -175,5 +197,5 @@ def _name(clock, nodes, u, v, edges, row, a, b, edge) -> None:  # pragma: no cov
     for i in range(len(clock)):
         c = clock[i]
         a[i] = row[u[c]]
-        b[i] = row[v[c]] if c >= nodes else -1
+        b[i] = row[v[c]] if c >= nodes else NOBODY
         edge[i] = edges[c - nodes] if c >= nodes else -1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import DynamicsAlgorithm, EventAlgorithm
 from fedsim.engine import kernel, plain, sampling
-from fedsim.engine.clocks import Batch, Clocks
+from fedsim.engine.clocks import FOREIGN, NOBODY, Batch, Clocks
 from fedsim.engine.counts import Counts
+from fedsim.engine.crossings import Crossings, everywhere
 from fedsim.engine.flow import Flow
 from fedsim.engine.gradients import RowGradients
-from fedsim.engine.sums import tree_sum
-from fedsim.engine.waves import Waves
+from fedsim.engine.sums import total
+from fedsim.engine.waves import Compiled, Waves
 from fedsim.errors import Diverged, InputError
+from fedsim.job import counts_of_all
+from fedsim.transport.transport import as_bytes
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Sampling, Setting
@@ -33,7 +37,8 @@ class Events:
     """A `Player` of events; see `fedsim.engine.player`. The unit of time is one gradient per node.
 
     Every player gives the same bits: `kernel` where the problem has compiled gradients, else `waves`, which takes
-    gradients in batches; `plain`, one event at a time, is their oracle, and plays every `EventAlgorithm`.
+    gradients in batches; `plain`, one event at a time, is their oracle, and plays every `EventAlgorithm`. Over several
+    ranks, `waves` call compiled gradients as they go, and `plain` plays in passes too.
 
     Args:
         algorithm: resolved. setting: what it was resolved against.
@@ -65,7 +70,7 @@ class Events:
         self._rates = np.asarray(rates, dtype=np.float64)
         self._table = algorithm.dynamics(setting) if isinstance(algorithm, DynamicsAlgorithm) else None
         self._flow = None if self._table is None else Flow.of(self._table.flow)
-        self._row = np.full(layout.n, -1, np.int64)
+        self._row = np.full(layout.n, FOREIGN, np.int64)
         self._row[layout.nodes] = np.arange(layout.rows)
         self._choose(player)
 
@@ -92,19 +97,19 @@ class Events:
 
     @property
     def events(self) -> int:
-        """Events played so far."""
+        """Events played so far by this rank (an exchange is its first end's)."""
         return self._events
 
     @property
     def row_names(self) -> frozenset[str]:
         """Which arrays of `save` and `final` hold one row per node of this rank."""
-        return frozenset([*self.final(), *self.state._fields])
+        return frozenset([*self.final(), *self.state._fields, "node_next", "node_count"])
 
     def start(self) -> None:
         """Set clocks and variables to their start; the gradients and the mean that this takes are charged."""
         table, rows = self._table, self._layout.rows
-        everything, ticks = np.arange(len(self._ends)), table is None or table.node_clocks
-        self._clocks = Clocks(self._seed, self._layout.nodes, everything, self._ends, self._rates, self._row, ticks)
+        ticks, here = table is None or table.node_clocks, np.flatnonzero((self._row[self._ends] >= 0).any(axis=1))
+        self._clocks = Clocks(self._seed, self._layout.nodes, here, self._ends, self._rates, self._row, ticks)
         self._now, self._events = 0.0, 0
         v = self._start_values()
         depth = np.full(rows, self.counts.exchanges, np.int64)
@@ -131,38 +136,54 @@ class Events:
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean over all nodes `[1, dim]`; charged as a sum: every node sends one row and receives one."""
-        n, counts = self._layout.n, self.counts
-        counts.communications += 2 * n
-        counts.messages += 2 * n
-        counts.bytes += 2 * n * gradient.shape[1] * gradient.element_size()
+        rows, counts = self._layout.rows, self.counts
+        counts.communications += 2 * rows
+        counts.messages += 2 * rows
+        counts.bytes += 2 * rows * gradient.shape[1] * gradient.element_size()
         counts.exchanges += 2
-        return (tree_sum(gradient, self._layout.lo, n) / n)[None]
+        return (total(gradient, self._layout) / self._layout.n)[None]
 
     def _make_player(self) -> Callable[[Batch], int]:
         """Return what plays a batch and says at which event something was not finite (-1: nowhere)."""
+        if self._layout.size > 1:
+            hand = self._waves() if self.player in ("kernel", "waves") else plain.PlainHand(*self._rules())
+            dim, dtype = self._problem.dim, self.state.v.dtype
+            return Crossings(hand, self._layout, self._ends, dim, dtype).play
+        if self.player == "kernel":
+            return self._kernel()
+        if self.player == "waves":
+            return self._waves().play
+        rules = self._rules()
+        return lambda batch: plain.play(*rules, batch)
+
+    def _rules(self) -> tuple[plain.Rules, RowGradients, kernel.State]:
         if self._table is None or self._flow is None:
             assert isinstance(self._algorithm, EventAlgorithm)
-            rules: plain.Rules = plain.FunctionRules(self._algorithm)
-        elif self.player == "kernel":
-            return self._kernel()
-        elif self.player == "waves":
-            return Waves(self._table, self._flow, self._gradients, self.state).play
-        else:
-            rules = plain.TableRules(self._table, self._flow, self._gradients)
-        return lambda batch: plain.play(rules, self._gradients, self.state, batch)
+            return plain.FunctionRules(self._algorithm), self._gradients, self.state
+        return plain.TableRules(self._table, self._flow, self._gradients), self._gradients, self.state
+
+    def _waves(self) -> Waves:
+        assert self._table is not None
+        assert self._flow is not None
+        compiled = Compiled(*self._compiled_data()) if self.player == "kernel" else None
+        crosses = self._layout.size > 1
+        return Waves(self._table, self._flow, self._gradients, self.state, self.counts, compiled, crosses)
+
+    def _compiled_data(self) -> tuple[Any, kernel.Data]:
+        assert self._compiled is not None
+        records, nodes = self._problem.records, self._layout.nodes
+        return self._compiled.gradient, kernel.data(self._compiled, records, nodes, self._sampling, self._seed)
 
     def _kernel(self) -> Callable[[Batch], int]:
         assert self._table is not None
         assert self._flow is not None
-        assert self._compiled is not None
-        table, objective = kernel.table(self._table, self._flow), self._compiled
-        room = kernel.scratch(self.state.v)
-        data = kernel.data(objective, self._problem.records, self._layout.nodes, self._sampling, self._seed)
+        table, room = kernel.table(self._table, self._flow), kernel.scratch(self.state.v)
+        gradient, data = self._compiled_data()
 
         def play(batch: Batch) -> int:
-            bad, samples = kernel.play(objective.gradient, self.state, table, data, room, batch)
+            bad, samples = kernel.play(gradient, self.state, table, data, room, batch)
             played = batch.b if bad < 0 else batch.b[: bad + 1]
-            self.counts.gradients += int(np.count_nonzero(played < 0))
+            self.counts.gradients += int(np.count_nonzero(played == NOBODY))
             self.counts.samples += samples
             return bad
 
@@ -206,21 +227,32 @@ class Events:
             if pair not in number:
                 raise InputError(f"trace: event {event} is an exchange between {pair[0]} and {pair[1]}, not an edge")
             edge[event] = number[pair]
-        return Batch(time, self._row[a], np.where(kind == 1, self._row[b], -1), edge)
+        first, second = self._row[a], np.where(kind == 1, self._row[b], NOBODY)
+        here = (first >= 0) | (second >= 0)
+        return Batch(time[here], first[here], second[here], edge[here])
 
     def _play(self, batch: Batch) -> None:
         bad = self._player(batch)
-        played = batch.b if bad < 0 else batch.b[: bad + 1]
-        exchanges, counts = int(np.count_nonzero(played >= 0)), self.counts
+        own = batch.a >= 0 if bad < 0 else batch.a[: bad + 1] >= 0  # an exchange is counted where its first end is
+        exchanges, counts = int(np.count_nonzero(own & (batch.b[: len(own)] != NOBODY))), self.counts
         counts.communications += exchanges
         counts.messages += 2 * exchanges
         counts.bytes += 2 * exchanges * self._problem.dim * self.state.v.itemsize
         counts.exchanges = int(self.state.depth.max())
-        self._events += len(played)
-        if bad >= 0:
-            node = self._layout.topology.label(int(self._layout.nodes[batch.a[bad]]))
+        self._refuse_divergence(batch, bad)
+        self._events += int(np.count_nonzero(own))
+
+    def _refuse_divergence(self, batch: Batch, bad: int) -> None:
+        """Raise, on every rank, if a value of any rank is not finite."""
+        row = max(batch.a[bad], batch.b[bad]) if bad >= 0 else -1
+        time = float(batch.time[bad]) if bad >= 0 else math.inf
+        node = int(self._layout.nodes[row]) if bad >= 0 else -1
+        number = self._events + bad
+        if self._layout.size > 1:
+            time, node, number = everywhere(time, node, lambda t: self._events + _earlier(batch, t), self._layout)
+        if time < math.inf:
             raise Diverged(
-                f"event {self._events - 1} at time {float(batch.time[bad]):g}, node {node!r}: a value is not finite."
+                f"event {number} at time {time:g}, node {self._layout.topology.label(node)!r}: a value is not finite."
                 " Likely a step size too large for this problem's L, or gossip rates below what the algorithm's theory"
                 " needs (`fedsim check` prints both)"
             )
@@ -243,21 +275,37 @@ class Events:
         return self._algorithm.output(rows).clone()
 
     def save(self) -> dict[str, np.ndarray]:
-        """Return state, clocks and counts: what a resume needs."""
-        numbers = np.array([self._events, *self.counts.as_dict().values()], dtype=np.int64)
+        """Return state, clocks and counts of all ranks (which all call this): what a resume needs."""
+        counts = counts_of_all(self.counts, self._layout)
         return {
             **{name: np.array(array) for name, array in self.state._asdict().items()},
             "now": np.array(self._now),
-            "numbers": numbers,
-            **self._clocks.save(),
+            "numbers": np.array([*self._all_events(), *counts.values()], dtype=np.int64),
+            **self._all_edges(self._clocks.save()),
         }
+
+    def _all_events(self) -> list[int]:
+        mine = np.array([self._events], np.int64)
+        return [sum(int(part.view(np.int64)[0]) for part in self._layout.transport.all_gather(as_bytes(mine)))]
+
+    def _all_edges(self, saved: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the clocks with the edges of all ranks; every rank sends those whose first end it holds."""
+        own = np.flatnonzero(self._row[self._ends[:, 0]] >= 0)
+        places = [part.view(np.int64) for part in self._layout.transport.all_gather(as_bytes(own))]
+        for name in ("edge_next", "edge_count"):
+            parts = self._layout.transport.all_gather(as_bytes(saved[name][own]))
+            for place, part in zip(places, parts, strict=True):
+                saved[name][place] = part.view(saved[name].dtype)
+        return saved
 
     def load(self, saved: dict[str, np.ndarray]) -> None:
         """Go back to what `save` returned, on the same scenario, after `start`."""
         for name, array in self.state._asdict().items():
             array[:] = saved[name]
-        self._now, self._events = float(saved["now"]), int(saved["numbers"][0])
-        self.counts.restore(dict(zip(self.counts.as_dict(), saved["numbers"][1:].tolist(), strict=True)))
+        self._now, lead = float(saved["now"]), self._layout.rank == 0  # events and counts are added up over ranks
+        self._events = int(saved["numbers"][0]) if lead else 0
+        counts = saved["numbers"][1:] if lead else np.zeros_like(saved["numbers"][1:])
+        self.counts.restore(dict(zip(self.counts.as_dict(), counts.tolist(), strict=True)))
         self._clocks.load(saved)
 
     def final(self) -> dict[str, np.ndarray]:
@@ -265,3 +313,8 @@ class Events:
         variables = self._table.variables if self._table is not None else getattr(self._algorithm, "variables", ())
         named = {name: self.state.v[:, a] for a, name in enumerate(variables)}
         return {**named, "last event": self.state.last, "gradients": self.state.gradients}
+
+
+def _earlier(batch: Batch, time: float) -> int:
+    """Return how many events whose first end is here come before a time."""
+    return int(np.count_nonzero((batch.a >= 0) & (batch.time < time)))

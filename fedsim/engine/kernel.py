@@ -169,17 +169,21 @@ def play(gradient: Any, state: State, table: Table, data: Data, room: Scratch, b
         gradients were taken.
     """
     flat = state._replace(v=state.v.reshape(-1))
-    arguments = (flat, table, data, room, batch)
-    return _compiled(tuple(typeof(argument) for argument in arguments))(gradient, *arguments)
+    return with_gradient(_play, gradient, flat, table, data, room, batch)
+
+
+def with_gradient(function: Callable[..., Any], gradient: Any, *arguments: Any) -> Any:
+    """Call a function of a compiled gradient and arrays; it is compiled for any gradient at once."""
+    return _compiled(function, tuple(typeof(argument) for argument in arguments))(gradient, *arguments)
 
 
 @cache
-def _compiled(rest: tuple[types.Type, ...]) -> Callable[..., tuple[int, int]]:
-    """Return the kernel; compiled once per machine, then read from numba's cache."""
-    function = njit(cache=True, error_model="numpy", nogil=True)(_play)
-    function.compile((GRADIENT, *rest))
-    function.disable_compile()
-    return function
+def _compiled(function: Callable[..., Any], rest: tuple[types.Type, ...]) -> Callable[..., Any]:
+    """Return a function compiled once per machine, then read from numba's cache."""
+    compiled = njit(cache=True, error_model="numpy", nogil=True)(function)
+    compiled.compile((GRADIENT, *rest))
+    compiled.disable_compile()
+    return compiled
 
 
 # Leaves take whole arrays and places in them: slices would be counted, and signed places keep loops from vectorising.
@@ -395,6 +399,30 @@ def read(state, table, room, i, t):  # pragma: no cover - compiled
 
 
 @lean
+def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
+    """Begin an exchange with another rank: flow row i to t, and write what it sends to its place in `messages`."""
+    dim = len(room.x)
+    at = i * len(table.point) * dim
+    if _elapse(state, table, i, t, room.flow, 0):
+        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.total)
+    _weighted(room.x, table.message, state.v, at, dim, dim)
+    _copy(messages, i * dim, room.x, 0, dim)
+
+
+@lean
+def end(state, table, room, i, e, sign, depth):  # pragma: no cover - compiled
+    """End it with the first end's message in `room.g`, the second's in `room.x`; i is the first where sign is 1."""
+    dim, jump = len(room.x), room.jump
+    _add(room.g, 0, -1.0, room.x, 0, dim)
+    _write_jump(table, jump, e)
+    for a in range(len(table.point)):
+        if jump[a] != 0.0:
+            _add(state.v, (i * len(table.point) + a) * dim, sign * jump[a], room.g, 0, dim)
+    state.depth[i] = max(state.depth[i], depth) + 1
+    return _finite(room.g, dim)
+
+
+@lean
 def apply(state, table, room, i):  # pragma: no cover - compiled
     """End a gradient event with the gradient in `room.g`; return whether the residual is finite."""
     dim = len(room.x)
@@ -413,6 +441,15 @@ def apply(state, table, room, i):  # pragma: no cover - compiled
 
 
 @njit
+def take(gradient, state, table, data, room, i, t):  # pragma: no cover - compiled
+    """Play a gradient event of row i; return (whether finite, records that it cost)."""
+    read(state, table, room, i, t)
+    used, cost = _records(data, data.nodes[i], state.gradients[i])
+    gradient(i, room.x, data.indices[:used], data.weights[:used], data.reals, data.ints, data.scratch, room.g)
+    return apply(state, table, room, i), cost
+
+
+@njit
 def _records(data, node, count):  # pragma: no cover - compiled
     """Draw a node's minibatch; return (places in use, records it costs)."""
     if data.kind < 0:
@@ -426,10 +463,7 @@ def _play(gradient, state, table, data, room, batch):  # pragma: no cover - comp
     for event in range(len(batch.time)):
         i, j, t = batch.a[event], batch.b[event], batch.time[event]
         if j < 0:
-            read(state, table, room, i, t)
-            used, cost = _records(data, data.nodes[i], state.gradients[i])
-            gradient(i, room.x, data.indices[:used], data.weights[:used], data.reals, data.ints, data.scratch, room.g)
-            good = apply(state, table, room, i)
+            good, cost = take(gradient, state, table, data, room, i, t)
             samples += cost
         else:
             good = gossip(state, table, room, i, j, batch.edge[event], t)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedsim.engine.clocks import FOREIGN, NOBODY
 from fedsim.engine.flow import Flow
 from fedsim.engine.kernel import decayed
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import EventAlgorithm
     from fedsim.algorithms.dynamics import Dynamics
     from fedsim.engine.clocks import Batch
+    from fedsim.engine.crossings import Inbox
     from fedsim.engine.gradients import RowGradients
     from fedsim.engine.kernel import State
 
 Reals = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 class Rules(Protocol):
@@ -60,6 +63,66 @@ def play(rules: Rules, gradients: RowGradients, state: State, batch: Batch) -> i
             if not good:
                 return event
     return -1
+
+
+class PlainHand:
+    """Plays the events of one rank's rows in passes; see `fedsim.engine.crossings.Hand`."""
+
+    def __init__(self, rules: Rules, gradients: RowGradients, state: State) -> None:
+        self._rules, self._gradients, self._state = rules, gradients, state
+        self._away = np.zeros(len(state.v), bool)
+        self._sent: dict[int, Reals] = {}
+        self._begun: list[int] = []
+
+    def step(self, batch: Batch, left: Ints) -> tuple[Ints, int]:
+        """Play what can be played; return what is left, and the first event that was not finite (else their number)."""
+        rest, busy, bad = [], self._away.copy(), len(batch.time)
+        self._begun = []
+        for event in left.tolist():
+            here = [row for row in (int(batch.a[event]), int(batch.b[event])) if row >= 0]
+            if busy[here].any():
+                busy[here] = True
+                rest.append(event)
+            elif batch.a[event] == FOREIGN or batch.b[event] == FOREIGN:
+                self._begin(event, here[0], float(batch.time[event]))
+                busy[here] = True
+            elif not self._play(batch, event):
+                bad = min(bad, event)
+        return np.array(rest, np.int64), bad
+
+    def _play(self, batch: Batch, event: int) -> bool:
+        i, j, t = int(batch.a[event]), int(batch.b[event]), float(batch.time[event])
+        with np.errstate(all="ignore"):
+            if j == NOBODY:
+                return _gradient(self._rules, self._gradients, self._state, i, t)
+            return _gossip(self._rules, self._state, i, j, int(batch.edge[event]), t)
+
+    def _begin(self, event: int, row: int, t: float) -> None:
+        _elapse(self._rules, self._state, row, t)
+        self._sent[row] = self._rules.message(self._state.v[row], row)
+        self._away[row] = True
+        self._begun.append(event)
+
+    def sent(self, batch: Batch) -> tuple[Ints, NDArray, Ints]:
+        """Return what the last step began with other ranks: events, messages `[., dim]`, depths."""
+        events = np.array(self._begun, np.int64)
+        rows = np.maximum(batch.a[events], batch.b[events])
+        messages = np.stack([self._sent[row] for row in rows.tolist()]) if len(rows) else np.empty((0, 0))
+        return events, messages, self._state.depth[rows]
+
+    def meet(self, batch: Batch, events: Ints, inbox: Inbox, slots: Ints) -> int:
+        """End exchanges with the messages at `slots` of the inbox; return the first bad event."""
+        bad = len(batch.time)
+        for event, slot in zip(events.tolist(), slots.tolist(), strict=True):
+            row = max(int(batch.a[event]), int(batch.b[event]))
+            own, other = self._sent.pop(row), inbox.message[slot].copy()
+            with np.errstate(all="ignore"):
+                self._rules.gossip(self._state.v[row], own, other, int(batch.edge[event]))
+            self._state.depth[row] = max(self._state.depth[row], inbox.depth[slot]) + 1
+            self._away[row] = False
+            if not np.isfinite(own - other).all():
+                bad = min(bad, event)
+        return bad
 
 
 def _elapse(rules: Rules, state: State, i: int, t: float) -> None:

