@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Sum
+from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Route, Sum
 from fedsim.engine.counts import Counts
 from fedsim.engine.ghosts import Ghosts
 from fedsim.engine.layout import Layout
 from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.routes import Routes
 from fedsim.engine.sums import total as global_sum
 from fedsim.errors import RunError, Unsupported
 
@@ -37,6 +38,7 @@ class LocalNetwork:
         self._degrees = layout.topology.degrees[layout.nodes]
         self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
+        self._routes = Routes(layout, blocks, counts)
 
     def answer(self, requests: list[Request]) -> list[Any]:
         """Return each block's answer to its request; all blocks ask for the same thing.
@@ -55,6 +57,8 @@ class LocalNetwork:
             return self._gather(requests)
         if isinstance(first, Sum | Mean):
             return self._sum(requests, mean=isinstance(first, Mean))
+        if isinstance(first, Route):
+            return self._routes.answer(requests, describe(first))
         raise Unsupported(f"request {type(first).__name__} is not answered by this engine")
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:

@@ -46,6 +46,15 @@ class MpiTransport:
         self.moved += mine.nbytes * (self.size - 1)
         return [everything[a:b] for a, b in pairwise(offsets.tolist())]
 
+    def all_to_all(self, sends: Bytes, lengths: list[int], expected: list[int]) -> Bytes:
+        """Send all parts and receive all parts in one collective."""
+        arrived, byte = np.empty(sum(expected), np.uint8), self._mpi.BYTE
+        mine = [sends, lengths, np.cumsum([0, *lengths[:-1]]).tolist(), byte]
+        theirs = [arrived, expected, np.cumsum([0, *expected[:-1]]).tolist(), byte]
+        self._wait([self._comm.Ialltoallv(mine, theirs)])
+        self.moved += sum(lengths) - lengths[self.rank]
+        return arrived
+
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Send the length, then the buffer."""
         length = np.array([0 if buffer is None else buffer.nbytes], np.int64)

@@ -47,6 +47,13 @@ class TorchTransport:
         self.moved += longest * (self.size - 1)
         return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
 
+    def all_to_all(self, sends: Bytes, lengths: list[int], expected: list[int]) -> Bytes:
+        """Send all parts and receive all parts in one collective (`all_to_all_single`)."""
+        arrived = torch.empty(sum(expected), dtype=torch.uint8)
+        self._dist.all_to_all_single(arrived, torch.from_numpy(sends), expected, lengths)
+        self.moved += sum(lengths) - lengths[self.rank]
+        return arrived.numpy()
+
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Send the length, then the buffer."""
         length = torch.tensor([0 if buffer is None else buffer.nbytes])

@@ -34,6 +34,13 @@ class Transport(Protocol):
         """Return every process's buffer, in rank order; lengths may differ."""
         ...
 
+    def all_to_all(self, sends: Bytes, lengths: list[int], expected: list[int]) -> Bytes:
+        """Send every rank its part of `sends` (parts of `lengths` bytes, by rank); return what arrived, by rank.
+
+        Both ends know the lengths: `expected[r]` bytes come from rank r.
+        """
+        ...
+
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Return root's buffer on every process."""
         ...
