@@ -31,8 +31,9 @@ def main() -> None:
     from fedsim.errors import FedsimError
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
         _leave_job(None)
+        sys.exit(code if isinstance(code, int) else 0)  # what a command ended with by `typer.Exit`
     except FedsimError as error:
         _leave_job(error)
         if _leads():
@@ -113,6 +114,35 @@ def check(
 
     found = examine(scenario, overrides=overrides or (), short=short, precision=to)
     print(json.dumps(found, indent=2) if as_json else "\n\n".join(as_text(facts) for facts in found))
+
+
+@app.command()
+def verify(
+    scenario: ScenarioFile,
+    overrides: Overrides = None,
+    short: Short = False,
+    on: Annotated[str, typer.Option(help="Which launchers: local, mpi:N, torch:N.")] = "local,mpi:2,torch:2",
+    as_json: Json = False,
+) -> None:
+    """Play a scenario by several launchers and compare digests and metrics; exit code 1 where they differ."""
+    from fedsim import verify as module
+
+    def tell(outcome: module.Outcome) -> None:
+        verdict = outcome.difference or ("" if not outcomes_before else "same")
+        digests = " ".join(digest[:16] for digest in list(outcome.digests.values())[:3])
+        outcomes_before.append(outcome)
+        print(f"{outcome.entry!s:<10} {outcome.seconds:6.1f} s  {digests:<20} {verdict}", flush=True)
+
+    outcomes_before: list[module.Outcome] = []
+    outcomes = module.verify(scenario, on, overrides or (), short, None if as_json else tell)
+    found = module.as_json(outcomes)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif found["same"]:
+        count = len(outcomes[0].digests)
+        print(f"{'one digest' if count == 1 else f'the same {count} digests'} and the same metrics everywhere")
+    if not found["same"]:
+        raise typer.Exit(1)
 
 
 @app.command()

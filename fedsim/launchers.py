@@ -1,0 +1,76 @@
+"""Command lines that start jobs of several processes on this machine, by the launcher that matches the loaded MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from fedsim.errors import InputError
+
+NAMES = ("mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.mpich", "mpiexec.hydra")
+PROBE = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('processes', c.Get_size() if c.Get_rank() == 0 else '')"
+
+
+def command(kind: str, size: int) -> list[str]:
+    """Return what to put before a Python program's arguments (`-m fedsim run ...`) to start it on `size` processes.
+
+    Args:
+        kind: `local` (size 1), `mpi` or `torch`.
+
+    Raises:
+        InputError: no launcher of this machine starts processes that the loaded MPI connects; says what was tried.
+    """
+    if kind == "local":
+        return [sys.executable]
+    if kind == "torch":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return [*_mpi(), "-n", str(size), sys.executable]
+
+
+def candidates() -> list[str]:
+    """Return the MPI launchers at hand: those of this Python's environment first, then those on the path."""
+    beside = [str(path) for name in NAMES if (path := Path(sys.executable).parent / name).exists()]
+    return list(dict.fromkeys([*beside, *(path for name in NAMES if (path := shutil.which(name)))]))
+
+
+@cache
+def _mpi() -> tuple[str, ...]:
+    tried = []
+    for path in candidates():
+        start = (path, *_flags(path))
+        found = probe(start)
+        if found == 2:
+            return start
+        tried.append(f"{path} started {'nothing' if found is None else f'2 processes that see {found}'}")
+    why = "; ".join(tried) or "none was found"
+    raise InputError(
+        f"no MPI launcher here matches the MPI that mpi4py loads ({why}); pip install 'fedsim[mpi]' brings one, or"
+        " install the launcher of the library that `fedsim doctor` names"
+    )
+
+
+def probe(start: tuple[str, ...]) -> int | None:
+    """Return how many processes two that this launcher starts see; None: it fails. A mismatched one sees 1."""
+    try:
+        done = subprocess.run(
+            [*start, "-n", "2", sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    sizes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("processes ") and line[10:]]
+    return sizes[0] if done.returncode == 0 and sizes else None
+
+
+def _flags(path: str) -> list[str]:
+    """Return what Open MPI asks for to start more processes than cores, and to be started by root."""
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if "Open MPI" not in text and "OpenRTE" not in text:
+        return []
+    return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
