@@ -156,9 +156,11 @@ def _first_row(a: pd.DataFrame, b: pd.DataFrame) -> str | None:
     if list(a) != list(b) or len(a) != len(b):
         return f"{len(a)} rows of {', '.join(a)} against {len(b)} rows of {', '.join(b)}"
     columns = [c for c in a if c not in NOT_COMPARED]
-    for (_, left), (_, right) in zip(a.iterrows(), b.iterrows(), strict=True):
-        parts = [f"{c} {left[c]!r} against {right[c]!r}" for c in columns if repr(left[c]) != repr(right[c])]
-        if parts:
-            clock = next(c for c in ("time", "round") if c in left)
-            return f"first difference at {clock} {left[clock]:g}: {'; '.join(parts)}"
+    clock = next(c for c in ("time", "round") if c in a)
+    mine, theirs = {c: a[c].tolist() for c in columns}, {c: b[c].tolist() for c in columns}
+    for row in range(len(a)):
+        different = [c for c in columns if repr(mine[c][row]) != repr(theirs[c][row])]  # NaN equals NaN here
+        if different:
+            parts = [f"{c} {mine[c][row]!r} against {theirs[c][row]!r}" for c in different]
+            return f"first difference at {clock} {mine[clock][row]:g}: {'; '.join(parts)}"
     return None
