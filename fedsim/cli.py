@@ -296,7 +296,8 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
         try:
             frame = table([result.folder])
             print(markdown(frame))
-            saved = what_was_saved(result, frame.attrs["metric"], "communications", frame.attrs["goal"])
+            goal = frame.attrs.get("goal")
+            saved = what_was_saved(result, frame.attrs["metric"], "communications", goal) if goal is not None else ""
             print(f"\n{saved}" if saved else "")
         except InputError as error:
             print(error)

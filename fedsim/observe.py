@@ -24,6 +24,7 @@ class Observer:
         problem: what is minimised.
         layout: which nodes the rows are.
         names: metric names; None takes all that the problem allows, but `stationarity`.
+        own: the algorithm's metrics, which then stand instead of the problem's.
         step: the step of the proximal gradient mapping in `stationarity`; default 1 / max L.
 
     Raises:
@@ -31,14 +32,21 @@ class Observer:
     """
 
     def __init__(
-        self, problem: Problem, layout: Layout, names: Sequence[str] | None = None, step: float | None = None
+        self,
+        problem: Problem,
+        layout: Layout,
+        names: Sequence[str] | None = None,
+        step: float | None = None,
+        own: dict[str, Callable[[torch.Tensor], float]] | None = None,
     ) -> None:
         self._problem, self._layout = problem, layout
         self._optimum = problem.optimum()
-        extra = problem.metrics()
+        extra = problem.metrics() if own is None else own
         self._extra: dict[str, Callable[[torch.Tensor], float]] = extra
         default = [m for m in ("distance", "consensus", "loss") if m != "distance" or self._optimum is not None]
-        self.names = tuple(names) if names is not None else (*default, *extra)
+        default = default if own is None else []
+        families = [name for name in extra if "." not in name]  # `load.3`: one of many, recorded when asked for
+        self.names = (*default, *families) if names is None else tuple(_expanded(names, extra))
         self._step = step if step is not None else _default_step(problem)
         self._refuse_unknown()
 
@@ -85,6 +93,15 @@ class Observer:
             )
         if "stationarity" in self.names and self._step is None:
             raise InputError("record.metrics: 'stationarity' needs record.step, since L is unknown for this problem")
+
+
+def _expanded(names: Sequence[str], extra: dict[str, Callable[[torch.Tensor], float]]) -> list[str]:
+    """Return the names with `NAME.*` replaced by every `NAME.3` there is."""
+    found: list[str] = []
+    for name in names:
+        family = [m for m in extra if name.endswith(".*") and m.startswith(name[:-1])]
+        found += family or [name]
+    return found
 
 
 def _default_step(problem: Problem) -> float | None:

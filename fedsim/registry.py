@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Entry]] = {
         "continuized": Entry(f"{_A}.continuized:Continuized", "accelerated in the dual, one clock of edges (events)"),
         "msda": Entry(f"{_A}.msda:MSDA", "accelerated dual ascent, Chebyshev gossip (rounds)"),
         "adom_plus": Entry(f"{_A}.adom:ADOMPlus", "accelerated primal method, multi-consensus optional (rounds)"),
+        "router_replay": Entry(f"{_A}.router_replay:RouterReplay", "balancing rules on router scores (rounds)"),
     },
     "problem": {
         "least_squares": Entry(f"{_P}.parameters:LeastSquaresParameters", "mean of (a'x - b)^2"),
@@ -44,6 +45,9 @@ KINDS: dict[str, dict[str, Entry]] = {
         ),
         "consensus": Entry(f"{_P}.parameters:ConsensusParameters", "averaging: ||x - b_i||^2 / 2"),
         "module": Entry(f"{_P}.parameters:ModuleParameters", "a torch.nn.Module with a loss"),
+        "router_scores": Entry(
+            f"{_P}.router_scores:RouterScoresParameters", "scores of tokens for experts (mixture of experts)"
+        ),
     },
     "data": {
         "breast_cancer": Entry(f"{_D}.known:BreastCancer", "569 x 30, two classes, inside scikit-learn"),

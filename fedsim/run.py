@@ -252,8 +252,11 @@ def _refuse_divergence(row: dict[str, Any], target: float) -> None:
 
 def _observer(p: Prepared) -> Observer:
     """Return what observes the run, after checking that it records every condition of `stop`."""
+    from fedsim.algorithms.algorithm import SyncAlgorithm
+
     record = p.scenario.record
-    observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"))
+    own = p.algorithm.metrics(p.setting) if isinstance(p.algorithm, SyncAlgorithm) else None
+    observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
     recorded = (*observer.names, *sorted(_COUNTS), "seconds")
     for name in p.scenario.stop or {}:
         if name not in recorded:

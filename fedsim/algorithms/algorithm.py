@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -178,6 +179,10 @@ class SyncAlgorithm(Algorithm):
     def output(self, s: Any, f: Oracle) -> torch.Tensor:
         """Return every node's answer `[rows, dim]`; not charged (an observation)."""
         return s.x
+
+    def metrics(self, setting: Setting) -> dict[str, Callable[[torch.Tensor], float]] | None:
+        """Return what is recorded of the mean of all answers `[1, dim]`, by name; None: the problem's metrics."""
+        return None
 
 
 class DynamicsAlgorithm(Algorithm):

@@ -43,7 +43,8 @@ def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
         for name, given in (("data", data_spec), ("partition", partition_spec)):
             if given is not None:
                 raise InputError(f"problem.{name}: {kind} makes its own objectives; leave {name} out")
-        return _made(_parameters(cls, section), n, seed)
+        made = _parameters(cls, section)
+        return made.problem(n, seed, base) if hasattr(made, "problem") else _made(made, n, seed)
     if data_spec is None:
         raise InputError(f"problem.data: missing; {kind} needs records, such as data: {{kind: breast_cancer}}")
     data, parts = _split(data_spec, partition_spec, n, seed, base)

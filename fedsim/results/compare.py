@@ -36,7 +36,8 @@ def compare(
         folders: what `fedsim run` left behind, one or several.
         to: (metric, value): the cost at which the metric is at or below the value for good.
         at: (cost, amount): the metrics by the time that much was spent.
-        Without either, `to` is the smallest power of ten of the first metric that all runs reach.
+        Without either, `to` is the smallest power of ten of the first metric that all runs reach, or `at` the
+        last common round where loads of experts were recorded.
 
     Returns:
         A frame with `runs`, `reached` (with `to`) and the median of every cost or metric; the quartiles of
@@ -50,6 +51,7 @@ def compare(
     if to and at:
         raise InputError("compare: give either --to (cost for a value) or --at (value for a cost), not both")
     groups = _groups(folders)
+    at = at or (None if to else _default_end(groups))
     to = to or (None if at else _default_goal(groups))
     row = (lambda runs: _to(runs, *to)) if to else (lambda runs: _at(runs, *at))  # type: ignore[misc]
     table = [{"variant": name, "runs": len(runs), **row(runs)} for name, runs in groups.items()]
@@ -138,6 +140,14 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
                 f"compare: {run.folder} did not record {column!r}{did_you_mean(column, names)};"
                 f" it has {', '.join(names)}"
             )
+
+
+def _default_end(groups: dict[str, list[Result]]) -> tuple[str, float] | None:
+    """Return the last common round for loads of experts: they oscillate, so no level is reached for good."""
+    runs = [run for group in groups.values() for run in group]
+    if not all("maxvio" in run.metrics for run in runs):
+        return None
+    return "round", min(float(run.metrics["round"].iloc[-1]) for run in runs)
 
 
 def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:

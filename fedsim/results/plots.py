@@ -29,6 +29,8 @@ TITLES = {
     "distance": r"$\frac{1}{n}\sum_i \Vert x_i - x^\star\Vert^2$",
     "consensus": r"$\frac{1}{n}\sum_i \Vert x_i - \bar{x}\Vert^2$",
     "loss": "objective at the mean model",
+    "maxvio": "MaxVio: (largest load - mean load) / mean load",
+    "gap": "D(p) - OPT",
     "stationarity": "squared proximal gradient mapping at the mean",
 }
 
@@ -203,11 +205,13 @@ def _save(figure: Any, stem: Path) -> list[Path]:
 
 def _default_metric(result: Result | StudyResult) -> str:
     columns = result.runs[0].metrics.columns
-    return next((m for m in ("distance", "stationarity", "loss", "consensus") if m in columns), columns[-1])
+    return next((m for m in ("distance", "stationarity", "loss", "consensus", "maxvio") if m in columns), columns[-1])
 
 
 def _default_costs(result: Result | StudyResult) -> tuple[str, ...]:
     last = result.runs[0].metrics.iloc[-1]
+    if _default_metric(result) == "maxvio":
+        return ("round",)
     moving = [c for c in ("communications", "gradients", "dual_gradients", "queries") if last.get(c, 0) > 0]
     return tuple(moving[:2]) or (next(c for c in CLOCKS if c in last),)
 

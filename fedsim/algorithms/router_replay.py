@@ -1,0 +1,267 @@
+"""Router scores under a balancing rule: selection, loads, bias, and how far from the exact optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedsim.algorithms.algorithm import Constant, Draws, Oracle, Provenance, Setting, SyncAlgorithm
+from fedsim.algorithms.requests import Mean, Rows, Shared, Sum
+from fedsim.errors import InputError
+from fedsim.moe import rules, theory
+from fedsim.moe.oracle import exact_assignment
+from fedsim.moe.part import SUMS, Part
+from fedsim.moe.rules import Balancing
+from fedsim.moe.view import View
+from fedsim.problems.router_scores import Batch, RouterScores
+
+
+@dataclass
+class ReplayState:
+    """Every host's own copy of the biases and of the loads it knows; nothing here is equal by fiat.
+
+    Attributes:
+        bias: `[rows, layers, E]`, what the last batch was routed with. velocity: of tanh. proposal: of qb, aux_loss.
+        own: int64 `[rows, layers, E]`, selections of the host's tokens.
+        known: int64 `[rows, delay + 1, layers, E]`, the loads that its rule goes by, newest first.
+        sums: float64 `[rows, 9 * layers]`, see `fedsim.moe.part.SUMS`.
+        loads: int64 `[1, layers, E]`, of all tokens. optimum: `[1, 1]`, of this step's batch, 0 where not computed.
+    """
+
+    bias: Rows
+    velocity: Rows
+    proposal: Rows
+    own: Rows
+    known: Rows
+    sums: Rows
+    loads: Shared
+    optimum: Shared
+
+
+class Routed(NamedTuple):
+    """What hosts do with their part of one batch."""
+
+    own: torch.Tensor
+    sums: torch.Tensor
+    proposal: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RouterReplay(Balancing, SyncAlgorithm):
+    """Route one batch of recorded or drawn scores per round, then let the biases follow the loads.
+
+        x_i  = top-K of gamma_ik + p_k                       loads A_k = sum_i x_ik, target L = K T / E
+        p_k += eps_k (L - A_k)                                the next batch is routed with the new p
+
+    Round 0 is the batch routed with the start's biases (`start: {kind: zeros}`), before any update: round r is step
+    n = r + 1. `sign`: eps_k = u / |L - A_k|, sign(0) = 0; `prop`: u times the error in `error_unit`; `tanh`: tanh of
+    kappa times the error, with momentum; `mult`: sign steps, selection by gamma (1 + p); `qb`: minus the quantile
+    prices of each host's part, their mean over hosts, used for the next batch; `bip`, `sinkhorn`: prices of the batch
+    itself, per host; `aux_loss`: p shifts the logits and descends the gradient of E sum f_k P_k at rate u, no gradient
+    through f (our rendering of what training with that loss does to a router's bias); `force_balanced` ignores scores.
+
+    Records `gap = D(p) - OPT` with the dual function D and the exact optimum OPT where selection is the best response
+    to additive biases that are equal on all hosts; under group limits, `mult`, `aux_loss` and others `score_ratio` and
+    `maxvio` stand apart. `maxvio`: (max A - L)/L, with `maxvio_floor`, its mean under the best fixed bias for i.i.d.
+    tokens. With `capacity_factor`, an expert takes ceil(cf K T_host / E) tokens of each host; the loads that the rule
+    sees are those before dropping. `benefit` and `penalty`: D rises by sum_i b_i - sum_k eps_k (A_k - L)^2.
+    `load.LAYER.EXPERT` and `bias.LAYER.EXPERT` are recorded when asked for (`record: {metrics: [..., "load.*"]}`).
+
+    Attributes:
+        capacity_factor, drop_policy: keep the highest scores (probs) or the first come (position).
+        oracle: exact optimum of one batch that is played again and again (auto), of every batch (each), or none.
+        regret: also route with the best fixed bias and record the regret, the sum of D(p; batch) - D(p*; batch).
+        comparator: p* by layer and expert (default: the exact dual prices of a sample of the stream's law).
+
+    Reference: Wang, Gao, Zhao, Sun & Dai, *Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts*, arXiv
+    2408.15664, Algorithm 1; Han & Zhong, *A Theoretical Framework for Auxiliary-Loss-Free Load Balancing of Sparse
+    Mixture-of-Experts in Large-Scale AI Models*, arXiv 2512.03915.
+
+    Differences from the papers: they leave the unit of the error and the mean of the bias open; here `relative` and
+    centred. Bounds and growth laws printed by `check` are derived in our notes, not quoted.
+    """
+
+    kind: ClassVar[str] = "router_replay"
+    paper: ClassVar[str] = "Wang et al., arXiv 2408.15664, Algorithm 1; Han & Zhong, arXiv 2512.03915"
+    provenance: ClassVar[Provenance] = "paper"
+
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    drop_policy: Literal["probs", "position"] = "probs"
+    oracle: Literal["auto", "each", "none"] = "auto"
+    regret: bool = False
+    comparator: list[list[float]] | None = None
+    _scores: Any = field(default=None, init=False, repr=False)
+    _best: Any = field(default=None, init=False, repr=False)
+
+    def resolve(self, setting: Setting) -> RouterReplay:
+        """Refuse other problems and senseless keys; find the best fixed bias where the regret is asked for."""
+        problem = getattr(setting, "problem", None)
+        if not isinstance(problem, RouterScores):
+            raise InputError(f"router_replay plays problem 'router_scores', not {getattr(problem, 'kind', '?')!r}")
+        rules.refuse_senseless(self, problem.p.score_func)
+        ready = self.derived(_scores=problem)
+        if self.regret and not ready._is_dual:
+            raise InputError(
+                "algorithm.regret: true given, but the regret needs selection by score plus biases that are equal on"
+                " all hosts: bias_rule sign, prop, tanh, qb or none, bias_sync global, no group limits"
+            )
+        return ready.derived(_best=ready._comparator()) if self.regret else ready
+
+    def constants(self, setting: Setting) -> tuple[Constant, ...]:
+        """Return L, the floor, the curvature at the optimal biases, the stable rate, the regret's growth."""
+        s = self._problem
+        floor = theory.sampling_floor(s.tokens, s.experts, s.top_k)
+        found = [
+            Constant("L", s.tokens * s.top_k / s.experts, "K T / E, tokens per expert"),
+            Constant("maxvio_floor", floor, "kappa_E sqrt((1 - K/E)/L E/(E - 1)), mean MaxVio of i.i.d. batches at p*"),
+        ]
+        if s.top_k == s.experts or not self._is_dual:
+            return tuple(found)
+        sample = s.sample(32768)[0]
+        prices = exact_assignment(sample, s.top_k).prices
+        bend = theory.curvature(sample, prices, s.top_k)
+        limit = rules.stable_rate(s.top_k, s.experts, bend.largest, self.bias_delay)
+        found += [
+            Constant("lambda_2", bend.smallest, "smallest positive eigenvalue of the tie-density Laplacian (estimate)"),
+            Constant("lambda_max", bend.largest, "its largest eigenvalue (estimate)"),
+            Constant("prop_limit", limit, "relative rates u below 2 sin(pi/(2(2d+1))) K/(E lambda_max) are stable"),
+            Constant("spread", float(np.ptp(prices)), "range of the optimal biases; sign needs u >= spread/steps"),
+        ]
+        growth = None
+        if s.iid:
+            rate = self.bias_update_rate, self.error_unit, s.tokens, s.top_k
+            growth = theory.predicted_regret(self.bias_rule, self.bias_schedule, *rate, bend)
+        if growth is not None:
+            value = growth.power if growth.rate is None else growth.rate
+            found.append(Constant("regret", float(value or 0.0), f"predicted growth per {growth.law}"))
+        return tuple(found)
+
+    async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> ReplayState:
+        """Route the first batch with the biases of the start."""
+        s = self._problem
+        bias = x0.double().reshape(len(x0), s.layers, s.experts)
+        batch = s.batch(0, rng.shared("router scores"))
+        found = self._route(bias, bias, torch.zeros_like(bias).long(), batch, f.nodes)
+        loads = await Sum(found.own.flatten(1))
+        loads = loads.reshape(1, s.layers, s.experts)
+        known = (found.own if self.bias_sync == "local" else loads.expand_as(found.own))[:, None]
+        known = known.expand(-1, self.bias_delay + 1, -1, -1).contiguous()
+        zero = torch.zeros_like(bias)
+        return ReplayState(bias, zero, found.proposal, found.own, known, found.sums, loads, self._optimum(batch))
+
+    async def round(self, s: ReplayState, k: int, f: Oracle, rng: Draws) -> ReplayState:
+        """Update the biases from the loads before, then route batch k + 1."""
+        p = self._problem
+        bias, velocity = await self._updated(s, k + 1)
+        batch = p.batch(k + 1, rng.shared("router scores"))
+        found = self._route(bias, s.bias, s.own, batch, f.nodes)
+        loads = (await Sum(found.own.flatten(1))).reshape(1, p.layers, p.experts)
+        newest = found.own if self.bias_sync == "local" else loads.expand_as(found.own)
+        known = torch.cat([newest[:, None], s.known[:, :-1]], dim=1)
+        sums = found.sums.reshape(len(bias), len(SUMS), -1).clone()
+        before = s.sums.reshape(len(bias), len(SUMS), -1)
+        sums[:, SUMS.index("benefit")] -= before[:, SUMS.index("score")]
+        sums[:, SUMS.index("penalty")] = self._penalty(s, bias)
+        sums[:, SUMS.index("regret")] += before[:, SUMS.index("regret")]
+        return ReplayState(
+            bias, velocity, found.proposal, found.own, known, sums.flatten(1), loads, self._optimum(batch)
+        )
+
+    def output(self, s: ReplayState, f: Oracle) -> torch.Tensor:
+        """Return per host: its biases in its own place among all hosts', its loads, its sums, and the optimum."""
+        mine = torch.zeros(len(s.bias), f.n, s.bias[0].numel(), dtype=torch.float64)
+        mine[torch.arange(len(s.bias)), torch.from_numpy(f.nodes)] = s.bias.flatten(1)
+        optimum = s.optimum.expand(len(s.bias), 1)
+        return torch.cat([mine.flatten(1), s.own.flatten(1).double(), s.sums, optimum], dim=1)
+
+    def metrics(self, setting: Setting) -> dict[str, Callable[[torch.Tensor], float]]:
+        """Return what is recorded; see the class."""
+        s = self._problem
+        names = [*theory.load_metrics(np.ones((1, s.experts)), 1), "score_ratio", "gap", "lagrangian", "benefit"]
+        names += ["penalty", "bias_spread", "bias_range", "maxvio_floor", "dropped", "gate", "aux", "regret"]
+        left_out = set()
+        if not self._is_dual:
+            left_out |= {"gap", "lagrangian", "benefit", "penalty"}
+        if not s.stationary:
+            left_out |= {"benefit", "penalty"}
+        if self.oracle == "none" or (self.oracle == "auto" and not s.stationary):
+            left_out |= {"gap", "score_ratio"}
+        left_out |= {"dropped"} if self.capacity_factor is None else set()
+        left_out |= set() if self.regret else {"regret"}
+        chosen = {name: partial(self._metric, name) for name in names if name not in left_out}
+        for layer in range(s.layers):
+            for e in range(s.experts):
+                chosen[f"load.{layer}.{e}"] = partial(self._each, "loads", layer, e)
+                chosen[f"bias.{layer}.{e}"] = partial(self._each, "first_bias", layer, e)
+        return chosen
+
+    def _metric(self, name: str, mean: torch.Tensor) -> float:
+        return View(mean[0].numpy(), self._problem).metric(name)
+
+    def _each(self, what: str, layer: int, expert: int, mean: torch.Tensor) -> float:
+        return float(getattr(View(mean[0].numpy(), self._problem), what)[layer, expert])
+
+    @property
+    def _problem(self) -> RouterScores:
+        assert self._scores is not None
+        return self._scores
+
+    @property
+    def _is_dual(self) -> bool:
+        """Whether selection is the best response to additive biases, equal on all hosts."""
+        additive = self.bias_rule in ("none", "sign", "prop", "tanh", "qb")
+        return additive and self.bias_sync == "global" and not self._problem.limited_groups
+
+    def _comparator(self) -> NDArray[np.float64]:
+        s = self._problem
+        if self.comparator is not None:
+            given = np.asarray(self.comparator, dtype=np.float64)
+            if given.shape != (s.layers, s.experts):
+                raise InputError(f"algorithm.comparator: {given.shape} given, {(s.layers, s.experts)} needed")
+            return given
+        return np.stack([exact_assignment(part, s.top_k).prices for part in s.sample(32768)])
+
+    def _optimum(self, batch: Batch) -> torch.Tensor:
+        wanted = self.oracle == "each" or (self.oracle == "auto" and self._problem.stationary)
+        return torch.tensor([[self._problem.optimum_of(batch) if wanted else 0.0]], dtype=torch.float64)
+
+    async def _updated(self, s: ReplayState, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rate = self.rate(n)
+        if self.bias_rule == "qb":
+            proposal = await Mean(s.proposal.flatten(1)) if self.bias_sync == "global" else s.proposal.flatten(1)
+            kept_part = self.ema * s.bias + (1 - self.ema) * proposal.reshape(len(proposal), *s.bias.shape[1:])
+            return (kept_part if rate > 0 else s.bias), s.velocity
+        if self.bias_rule == "aux_loss":
+            slope = await Mean(s.proposal.flatten(1)) if self.bias_sync == "global" else s.proposal.flatten(1)
+            return s.bias - rate * slope.reshape(len(slope), *s.bias.shape[1:]), s.velocity
+        return rules.updated(self, s.bias, s.velocity, s.known[:, -1], self._problem.top_k, n)
+
+    def _penalty(self, s: ReplayState, bias: torch.Tensor) -> torch.Tensor:
+        """Return each host's n-th part of `sum_k eps_k (A_k - L)^2 = -sum_k dp_k (A_k - L)` `[rows, layers]`."""
+        load = s.loads.double()
+        error = load - load.mean(dim=-1, keepdim=True)
+        return -((bias - s.bias) * error).sum(dim=-1) / self._problem.n
+
+    def _route(
+        self, bias: torch.Tensor, before: torch.Tensor, old: torch.Tensor, batch: Batch, nodes: NDArray[np.int64]
+    ) -> Routed:
+        """Route the hosts' tokens; `before`, `old`: biases and selections of the step before, for the benefit."""
+        s = self._problem
+        own = np.zeros((len(nodes), s.layers, s.experts), np.int64)
+        sums = np.zeros((len(nodes), len(SUMS), s.layers))
+        proposal = np.zeros((len(nodes), s.layers, s.experts))
+        for row, node in enumerate(nodes):
+            for layer in range(s.layers):
+                part = Part(self, s, batch, int(node), layer, bias[row, layer].numpy())
+                own[row, layer], proposal[row, layer] = part.selected.loads, part.proposal()
+                values = part.sums(self._best)
+                values["benefit"] = values["biased"] - float((bias[row, layer] * old[row, layer]).sum())
+                sums[row, :, layer] = [values.get(name, 0.0) for name in SUMS]
+        return Routed(torch.from_numpy(own), torch.from_numpy(sums).flatten(1), torch.from_numpy(proposal))
