@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +37,7 @@ class LocalNetwork:
         self._degrees = layout.topology.degrees[layout.nodes]
         self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
+        self._steps: dict[int, NDArray[np.int64]] = {}  # from row to row, for the width that was last asked for
         self._routes = Routes(layout, blocks, counts)
 
     def answer(self, requests: list[Request]) -> list[Any]:
@@ -63,14 +63,14 @@ class LocalNetwork:
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
         offsets, columns, weights = self._matrix(matrix)
-        values = [dense(r.v).detach().contiguous() for r in requests]
+        values = [dense(r.v).contiguous() for r in requests]
         self._charge_edges(requests, values)
         far = self._ghosts.bring(values)
         addresses, answers = self._addresses(values), []
         if far is not None:
             addresses = np.concatenate([addresses, addresses_of(far)])
         for rows, v in zip(self._blocks, values, strict=True):
-            out = np.empty(tuple(v.shape), v.numpy().dtype)
+            out = np.empty_like(v.numpy(force=True))
             mix_rows(rows.start, offsets, columns, weights, addresses, out)
             answers.append(torch.from_numpy(out))
         return answers
@@ -83,10 +83,13 @@ class LocalNetwork:
 
     def _addresses(self, values: list[torch.Tensor]) -> NDArray[np.int64]:
         """Return where every row begins; `values` are contiguous and must be kept alive."""
-        stride = values[0].shape[1] * values[0].element_size()
+        stride = values[0].stride(0) * values[0].element_size()
+        if stride not in self._steps:
+            self._steps = {stride: self._places * stride}
+        steps = self._steps[stride]
         if len(values) == 1:
-            return values[0].data_ptr() + self._places * stride
-        return np.concatenate([v.data_ptr() + self._places[: len(v)] * stride for v in values])
+            return values[0].data_ptr() + steps
+        return np.concatenate([v.data_ptr() + steps[: len(v)] for v in values])
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
         offsets, columns, _ = self._matrix("adjacency")
@@ -123,15 +126,15 @@ class LocalNetwork:
         return float(global_sum(kept[:, None], self._layout)[0])
 
     def _charge_edges(self, requests: list[Any], values: list[torch.Tensor]) -> None:
+        counts = self._counts
         if isinstance(requests[0].v, torch.Tensor):
-            sent = self._own_ends * math.prod(values[0].shape[1:]) * values[0].element_size()
+            counts.bytes += self._own_ends * (values[0].nbytes // len(values[0]))
         else:
-            sent = int((self._degrees * lengths(requests, values)).sum())
-        self._counts.messages += self._own_ends
-        self._counts.bytes += sent
+            counts.bytes += int((self._degrees * lengths(requests, values)).sum())
+        counts.messages += self._own_ends
         if self._layout.rank == 0:  # counts are added up over ranks
-            self._counts.communications += self._layout.topology.m
-            self._counts.exchanges += 1
+            counts.communications += self._layout.topology.m
+            counts.exchanges += 1
 
     def _charge_sum(
         self,

@@ -147,6 +147,8 @@ class Rounds:
 
     def _drive(self, blocks: list[Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run every block to its next request, answer all, and so on to the end of the round."""
+        if len(blocks) == 1:
+            return [self._drive_one(blocks[0])]
         answers: list[Any] = [None] * len(blocks)
         while True:
             requests, results = [], []
@@ -163,6 +165,14 @@ class Rounds:
                     " control flow may depend on the round and on shared values, never on rows"
                 )
             answers = self._network.answer(requests)
+
+    def _drive_one(self, block: Coroutine[Any, Any, Any]) -> Any:
+        answer = None
+        try:
+            while True:
+                answer = self._network.answer([block.send(answer)])[0]
+        except StopIteration as end:
+            return end.value
 
     def _share(self) -> None:
         """Keep one copy of the shared values, the first block's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class Address:
         return self._address
 
 
+@cache
+def _everything(rows: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the empty minibatch of each row, which stands for all its records."""
+    return np.empty((rows, 0), np.int64), np.empty((rows, 0))
+
+
 class CompiledProblem(Problem):
     """Base of problems that give `_gradient`, `_loss` (compiled) and their tables `_reals`, `_ints`.
 
@@ -75,9 +81,8 @@ class CompiledProblem(Problem):
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
-        rows = np.ascontiguousarray(x.detach().numpy())
-        indices = np.empty((len(nodes), 0), np.int64) if batch is None else batch.indices
-        weights = np.empty((len(nodes), 0)) if batch is None else batch.weights
+        rows = np.ascontiguousarray(x.numpy(force=True))
+        indices, weights = _everything(len(nodes)) if batch is None else (batch.indices, batch.weights)
         out, scratch = np.empty_like(rows), np.empty(self._scratch)
         slots = np.ascontiguousarray(nodes, dtype=np.int64)
         function = self._gradient_address
