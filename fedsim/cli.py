@@ -79,8 +79,7 @@ def run(
         result = play(scenario, overrides=overrides or (), short=short, folder=folder, progress=progress)
     if not _leads():
         return
-    files = [] if no_plot or as_json else result.plot()
-    _print_result(result, files, as_json)
+    _print_result(result, [] if no_plot or as_json else _pictures(result), as_json)
 
 
 @app.command()
@@ -283,6 +282,12 @@ def _assignment(option: str, text: str | None) -> tuple[str, float] | None:
         raise InputError(f"{option} {text!r}: NAME=NUMBER is needed, such as distance=1e-6") from None
 
 
+def _pictures(result: Any) -> list[Path]:
+    from fedsim.results.draw import partition_of
+
+    return [*result.plot(), *partition_of(result)]
+
+
 def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.summary(), indent=2))
@@ -326,6 +331,9 @@ def _print_rates(table: Any, best: str) -> None:
     Console().print(shown)
     other = facts["best_other"]
     print(f"{best} saves {100 * table.saved('uniform'):.1f} % against uniform", end="")
-    print(f" and {100 * table.saved(other):.1f} % against {other}, the best scheme that is not the SDP")
+    if other == "uniform":
+        print(", which is the best scheme that is not the SDP")
+    else:
+        print(f" and {100 * table.saved(other):.1f} % against {other}, the best scheme that is not the SDP")
     for note in table.notes():
         print(f"note: {note}")

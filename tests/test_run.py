@@ -14,6 +14,8 @@ from cases import Tracking, quadratic
 
 import fedsim
 from fedsim.errors import Diverged, InputError
+from fedsim.results.draw import partition_of
+from fedsim.results.plots import what_was_saved
 from fedsim.results.recorder import Recorder, read_metrics
 
 EVENTS = {
@@ -297,3 +299,33 @@ def test_results_are_never_overwritten(tmp_path):
             EVENTS | {"variants": {"a": {}, "b": {"problem": BATCHES["problem"] | {"l2": 0.0}}}}, folder=tmp_path / "s"
         )
     assert not (tmp_path / "s").exists()
+
+
+def test_the_partition_is_drawn_beside_the_metrics(tmp_path):
+    """A run on data leaves a picture of records per node and class; a run without data leaves none."""
+    data = {"kind": "iris", "normalise": "columns"}
+    given = {
+        "name": "p",
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "multinomial", "l2": 0.1, "data": data, "partition": {"kind": "sorted"}},
+        "algorithm": {"kind": "dadao"},
+        "schedule": {"horizon": 1},
+    }
+    with_data = fedsim.run(given, folder=tmp_path / "data")
+    assert [file.name for file in partition_of(with_data)] == ["partition.png", "partition.svg"]
+    assert (tmp_path / "data" / "plots" / "partition.svg").read_text().count("setosa") > 0
+    without = fedsim.run({**given, "problem": {"kind": "quadratic"}}, folder=tmp_path / "none")
+    assert partition_of(without) == []
+
+
+def test_variants_that_cost_the_same_are_not_called_cheaper(tmp_path):
+    """Where all variants paid the same, no line claims a saving."""
+    given = {
+        "name": "tie",
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "quadratic"},
+        "algorithm": {"kind": "dadao"},
+        "schedule": {"horizon": 1},
+        "variants": {"one": {}, "two": {"engine.player": "waves"}},
+    }
+    assert what_was_saved(fedsim.run(given, folder=tmp_path / "tie"), "distance", "communications", 1e9) == ""

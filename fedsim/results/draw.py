@@ -13,7 +13,10 @@ from fedsim.results.plots import _STYLE, COLOURS, _save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from fedsim.results.result import Result, StudyResult
     from fedsim.topology.topology import Topology
+
+MANY = 1000  # nodes above which bars would be thinner than what a page can show
 
 
 def draw_rates(topology: Topology, schemes: dict[str, NDArray[np.float64]], out: Path) -> list[Path]:
@@ -37,6 +40,17 @@ def draw_rates(topology: Topology, schemes: dict[str, NDArray[np.float64]], out:
         files = _save(figure, out)
         plt.close(figure)
     return files
+
+
+def partition_of(result: Result | StudyResult) -> list[Path]:
+    """Draw how the data lie on the nodes of a run (a study's first), into its `plots`; nothing where there are none."""
+    facts = result.runs[0].facts.get("problem", {}).get("partition")
+    if not facts or len(facts["counts"]) > MANY:
+        return []
+    table = np.array(facts["counts"], dtype=np.int64)  # node, records, then one column per class where there are
+    classes = facts["header"][2:]
+    shown = table[:, 2:] if classes else table[:, 1:2]
+    return draw_partition(shown, [str(name) for name in classes] or ["records"], result.folder / "plots" / "partition")
 
 
 def draw_partition(table: NDArray[np.int64], labels: list[str], out: Path) -> list[Path]:

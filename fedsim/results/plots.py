@@ -125,6 +125,8 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     if len(medians) < 2:
         return ""
     worst, best = max(medians, key=lambda v: medians[v]), min(medians, key=lambda v: medians[v])
+    if medians[best] == medians[worst]:
+        return ""
     missed = [name for name in groups if name not in medians]
     line = f"{metric} {level:.0e}: {best} needs {medians[best]:,.0f} {cost}, {worst} {medians[worst]:,.0f}"
     if medians[worst] > 0:
