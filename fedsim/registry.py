@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Entry]] = {
         "continuized": Entry(f"{_A}.continuized:Continuized", "accelerated in the dual, one clock of edges (events)"),
         "msda": Entry(f"{_A}.msda:MSDA", "accelerated dual ascent, Chebyshev gossip (rounds)"),
         "adom_plus": Entry(f"{_A}.adom:ADOMPlus", "accelerated primal method, multi-consensus optional (rounds)"),
+        "moe_training": Entry(f"{_A}.moe_training:MoETraining", "experts spread over hosts, AdamW (rounds)"),
         "router_replay": Entry(f"{_A}.router_replay:RouterReplay", "balancing rules on router scores (rounds)"),
     },
     "problem": {
@@ -45,6 +46,9 @@ KINDS: dict[str, dict[str, Entry]] = {
         ),
         "consensus": Entry(f"{_P}.parameters:ConsensusParameters", "averaging: ||x - b_i||^2 / 2"),
         "module": Entry(f"{_P}.parameters:ModuleParameters", "a torch.nn.Module with a loss"),
+        "byte_language": Entry(
+            f"{_P}.byte_language:ByteLanguageParameters", "bytes, a small transformer with mixtures of experts"
+        ),
         "router_scores": Entry(
             f"{_P}.router_scores:RouterScoresParameters", "scores of tokens for experts (mixture of experts)"
         ),

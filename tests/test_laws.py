@@ -44,7 +44,10 @@ PROBLEMS = {
 # What an algorithm cannot do without: step sizes where the theory has none.
 PARAMETERS: dict[str, dict] = {"gossip_sgd": {"step": 0.01}, "a2cid2": {"step": 0.01}}
 # What an algorithm is played on where it is not made for every problem.
-PLAYED_ON: dict[str, dict] = {"router_replay": {"kind": "router_scores", "tokens": 47, "fresh": True, "layers": 2}}
+PLAYED_ON: dict[str, dict] = {
+    "router_replay": {"kind": "router_scores", "tokens": 47, "fresh": True, "layers": 2},
+    "moe_training": {"kind": "byte_language", "sequence": 9, "validation": 2, "moe_num_experts": 10, "d_model": 12},
+}
 
 
 def _made(kind: str):

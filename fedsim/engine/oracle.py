@@ -63,6 +63,11 @@ class BlockOracle:
         twice = None if batch is None else Minibatch(np.repeat(batch.indices, 2, 0), np.repeat(batch.weights, 2, 0))
         return self.problem.gradient(x.expand(2, -1).contiguous(), np.repeat(self.nodes, 2), twice)[:1]
 
+    def charge(self, gradients: int = 0, samples: int = 0) -> None:
+        """Count gradients that an algorithm computes itself, with requests on the way."""
+        self._counts.gradients += gradients
+        self._counts.samples += samples
+
     def dual_gradient(self, s: torch.Tensor) -> torch.Tensor:
         """Return `grad f_i^*(s_i)` `[rows, dim]`; a shared `s [1, dim]` serves all nodes."""
         s = self._one_row_each(s, "dual_gradient")
