@@ -352,8 +352,8 @@ def _check_component(
         return
     if ":" in kind and section == "problem":
         return  # a user's own problem reads its own keys
-    if not is_dataclass(cls):
-        mistakes.add((*path, "kind"), f"{cls.__name__} is no dataclass; put @dataclass(frozen=True) before the class")
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        mistakes.add((*path, "kind"), f"{kind} is no dataclass; put @dataclass(frozen=True) before the class")
         return
     own = [f.name for f in fields(cls) if f.init]
     beside = [name for name in BESIDE[section] if name not in own]
