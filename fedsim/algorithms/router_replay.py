@@ -125,6 +125,8 @@ class RouterReplay(Balancing, SyncAlgorithm):
         if s.top_k == s.experts or not self._is_dual:
             return tuple(found)
         sample = s.sample(32768)[0]
+        if len(sample) < 40 * s.experts:
+            return tuple(found)  # too few tokens for densities
         prices = exact_assignment(sample, s.top_k).prices
         bend = theory.curvature(sample, prices, s.top_k)
         limit = rules.stable_rate(s.top_k, s.experts, bend.largest, self.bias_delay)

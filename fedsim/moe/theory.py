@@ -84,8 +84,9 @@ def curvature(scores: NDArray, bias: Floats, top_k: int, width: float | None = N
     last, next_ = order[:, top_k - 1], order[:, top_k]
     rows = np.arange(len(values))
     gap = values[rows, last] - values[rows, next_]
-    delta = float(np.quantile(gap, 0.05)) if width is None else width
-    close = gap < delta
+    apart = gap[gap > 1e-12]  # exact prices make some tokens tie exactly: these say nothing of the density
+    delta = float(np.quantile(apart, 0.05)) if width is None else width
+    close = (gap > 1e-12) & (gap <= delta)
     density = np.zeros((values.shape[1], values.shape[1]))
     np.add.at(density, (last[close], next_[close]), 1.0)
     density = (density + density.T) / (2 * len(values) * delta)
