@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import Draws, Sampling
 from fedsim.engine.counts import Counts
+from fedsim.engine.queries import Queries, Spent
 from fedsim.engine.sampling import draw
 from fedsim.errors import RunError
 from fedsim.problems.problem import Minibatch, Problem
@@ -26,14 +27,26 @@ class BlockOracle:
         n: number of nodes of the whole problem.
         records: int64 `[rows]`, records of each node of the block.
         draws: how many minibatches every node has drawn; the next one is a function of (seed, node, draws).
+        queries: what the nodes have asked of black boxes.
+
+    `rows` of its methods is a mask `[n]` by node number, from a shared draw: nodes outside it compute nothing, are not
+    charged, and get zeros.
     """
 
-    def __init__(self, problem: Problem, nodes: NDArray[np.int64], streams: Streams, counts: Counts) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        nodes: NDArray[np.int64],
+        streams: Streams,
+        counts: Counts,
+        budget: int | None = None,
+    ) -> None:
         self.problem, self.nodes, self.n = problem, nodes, problem.n
         self.records: NDArray[np.int64] = problem.records[nodes]
         self._all_records = int(self.records.sum())
         self._streams, self._counts = streams, counts
         self.draws = 0
+        self.queries = Queries(nodes, problem.n, problem.dim, budget)
 
     def sample(self, sampling: Sampling | None, rng: Draws | None = None) -> Minibatch | None:
         """Return the nodes' next minibatch, to be used at several points; None means exact gradients."""
@@ -44,7 +57,11 @@ class BlockOracle:
         return batch
 
     def gradient(
-        self, x: torch.Tensor, batch: Sampling | Minibatch | None = None, rng: Draws | None = None
+        self,
+        x: torch.Tensor,
+        batch: Sampling | Minibatch | None = None,
+        rng: Draws | None = None,
+        rows: NDArray[np.bool_] | None = None,
     ) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`: exact, on a minibatch, or on one drawn now.
 
@@ -56,12 +73,61 @@ class BlockOracle:
         if isinstance(batch, Sampling):
             batch = self.sample(batch, rng)
         x = self._one_row_each(x, "gradient")
+        if rows is not None:
+            return self._gradient_of_some(x, batch, np.flatnonzero(rows[self.nodes]))
         self._counts.gradients += len(self.nodes)
         self._counts.samples += self._all_records if batch is None else batch.records
-        if len(self.nodes) > 1:
-            return self.problem.gradient(x, self.nodes, batch)
+        return self._gradient_of(x, self.nodes, batch)
+
+    def _gradient_of(self, x: torch.Tensor, nodes: NDArray[np.int64], batch: Minibatch | None) -> torch.Tensor:
+        if len(nodes) > 1:
+            return self.problem.gradient(x, nodes, batch)
         twice = None if batch is None else Minibatch(np.repeat(batch.indices, 2, 0), np.repeat(batch.weights, 2, 0))
-        return self.problem.gradient(x.expand(2, -1).contiguous(), np.repeat(self.nodes, 2), twice)[:1]
+        return self.problem.gradient(x.expand(2, -1).contiguous(), np.repeat(nodes, 2), twice)[:1]
+
+    def _gradient_of_some(self, x: torch.Tensor, batch: Minibatch | None, own: NDArray[np.int64]) -> torch.Tensor:
+        g = torch.zeros_like(x)
+        if len(own):
+            some = None if batch is None else Minibatch(batch.indices[own], batch.weights[own])
+            self._counts.gradients += len(own)
+            self._counts.samples += int(self.records[own].sum()) if some is None else some.records
+            g[own] = self._gradient_of(x[own], self.nodes[own], some)
+        return g
+
+    def query(self, points: torch.Tensor, rows: NDArray[np.bool_] | None = None) -> torch.Tensor:
+        """Return what the nodes' black boxes answer, noise included: `[rows, count]` at `points [rows, count, dim]`.
+
+        Raises:
+            Spent: the run's budget ended within this call; what it still allowed was asked, counted and logged.
+        """
+        count, asked = points.shape[1], self.queries.asked
+        allowed = self.queries.allowed(rows, count)
+        values = torch.zeros(points.shape[:2], dtype=torch.float64)
+        for each in np.unique(allowed[self.nodes]):
+            own = np.flatnonzero(allowed[self.nodes] == each)
+            if each and len(own):
+                values[own, :each] = self._values(points[own, :each], own)
+        asked += allowed
+        wanted = count * (len(asked) if rows is None else int(np.count_nonzero(rows)))
+        if int(allowed.sum()) < wanted:
+            raise Spent
+        return values
+
+    def _values(self, points: torch.Tensor, own: NDArray[np.int64]) -> torch.Tensor:
+        nodes, count = self.nodes[own], points.shape[1]
+        values = self.problem.values(points, nodes).double()
+        for place, row in enumerate(own):
+            if self.problem.noise:
+                before = int(self.queries.asked[nodes[place]])
+                drawn = self._streams.normal("query noise", nodes[place : place + 1], before, count)[0]
+                values[place] += self.problem.noise * torch.from_numpy(drawn)
+            self.queries.note(int(row), points[place].numpy(), values[place].numpy())
+        self._counts.queries += values.numel()
+        return values
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return points `[..., dim]` moved to the nearest ones of the problem's box, where it has one."""
+        return x if self.problem.box is None else x.clamp(*self.problem.box)
 
     def charge(self, gradients: int = 0, samples: int = 0) -> None:
         """Count gradients that an algorithm computes itself, with requests on the way."""

@@ -76,6 +76,10 @@ class Problem(ABC):
     records: NDArray[np.int64]
     L: NDArray[np.float64] | None = None
     mu: NDArray[np.float64] | None = None
+    box: tuple[float, float] | None = None  # every coordinate's bounds; None: all of R^dim
+    noise: float = 0.0  # standard deviation of what is added to every function value that is asked for
+    has_gradient: bool = True
+    common_start: bool = False  # whether `start` is the same on every node
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +95,14 @@ class Problem(ABC):
     @abstractmethod
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `f_i(x_i)` over all records of node i as `[rows]` (x may be `[1, dim]`, shared by all)."""
+
+    def values(self, points: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+        """Return `f_i(points[i, j])`, without noise: `[rows, count]` at `points [rows, count, dim]`."""
+        import torch
+
+        twice, pair = (points, nodes) if len(nodes) > 1 else (points.expand(2, -1, -1), np.repeat(nodes, 2))
+        columns = [self.loss(twice[:, j].contiguous(), pair) for j in range(points.shape[1])]
+        return torch.stack(columns, dim=1)[: len(nodes)]
 
     def dual_gradient(self, s: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `grad f_i^*(s_i)` as `[rows, dim]`: the point where `grad f_i` equals `s_i`."""
