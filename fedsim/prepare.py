@@ -88,7 +88,8 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         None if rates is None else rates.rates,
         None if rates is None else rates.chi,
         mixing,
-        common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal"),
+        common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal")
+        or (scenario.start.get("kind") == "problem" and problem.common_start),
     )
     layout = Layout(topology, transport=connected(scenario.engine["transport"], scenario.engine["timeout"]))
     return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
@@ -190,7 +191,9 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
         matrices = {"W": p.setting.mixing, "laplacian": lap, "adjacency": _without_diagonal(lap)}
     block = p.scenario.engine.get("block", "auto")
     assert isinstance(p.algorithm, SyncAlgorithm)
-    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block=block)
+    budget = (p.scenario.stop or {}).get("queries")
+    budget = None if budget is None else int(budget)
+    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block=block, budget=budget)
 
 
 def _without_diagonal(matrix: Any) -> Any:

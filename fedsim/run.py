@@ -24,6 +24,7 @@ from fedsim.results.result import STUDY, Result, StudyResult, load
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
+    from fedsim.engine.layout import Layout
     from fedsim.engine.player import Player
     from fedsim.prepare import Prepared
     from fedsim.problems.problem import Problem
@@ -158,6 +159,7 @@ def run_one(
     try:
         facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress)
         facts["totals"] = counts_of_all(player.counts, layout)
+        _write_queries(root, player, facts["totals"]["queries"], layout)
         facts["digest"] = _digest(prepared, player)
         facts["wire_bytes"] = layout.transport.moved
         facts["status"] = "finished"
@@ -192,7 +194,7 @@ def _play(
         player.advance(target)
         wall = of_rank_0(wall + time.perf_counter() - clock, layout)
         row = {
-            **_clock(p, target),
+            **_clock(p, min(target, player.now)),
             **observer(player.outputs()),
             **counts_of_all(player.counts, layout),
             "wall_seconds": wall,
@@ -211,6 +213,17 @@ def _play(
                 journal.checkpoint(whole, wall)
             next_checkpoint = (math.floor(target / every) + 1) * every
     return "horizon"
+
+
+def _write_queries(root: Path, player: Player, asked: int, layout: Layout) -> None:
+    """Leave the log of all function values that were asked for, where there are any."""
+    from fedsim.engine.rounds import Rounds
+    from fedsim.results.query_log import write_queries
+
+    if asked and isinstance(player, Rounds):
+        log = player.query_log()
+        assert log is not None
+        write_queries(root, log, layout)
 
 
 def _targets(every: float, horizon: float, done: int) -> Iterator[float]:

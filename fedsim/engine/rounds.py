@@ -17,6 +17,7 @@ from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
 from fedsim.engine.oracle import BlockOracle
+from fedsim.engine.queries import Spent
 from fedsim.engine.sampling import check
 from fedsim.engine.streams import RoundDraws, Streams
 from fedsim.errors import Diverged, InputError, RunError
@@ -25,6 +26,7 @@ from fedsim.problems.problem import Problem
 
 BLOCK_BYTES = 1 << 20  # of one variable: blocks of this size are fastest, they stay in the second-level cache
 START = 0xFFFFFFFF  # the step of draws made before round 0
+QUERY_ROWS = ("query.round", "query.value", "query.x")
 
 
 class Rounds:
@@ -34,7 +36,10 @@ class Rounds:
         algorithm: resolved. problem: what the nodes own. layout: the rows of this process.
         matrices: sparse `[n, n]` over node numbers: "W", "laplacian", "adjacency".
         x0: `[rows, dim]`, position order. seed: of batches and all other draws.
-        block: rows per block, or "auto".
+        block: rows per block, or "auto". budget: function values that all nodes together may ask for.
+
+    Attributes:
+        spent: whether the budget ended a round before its end; the state is then that of the last whole round.
     """
 
     def __init__(
@@ -46,15 +51,16 @@ class Rounds:
         x0: torch.Tensor,
         seed: int,
         block: int | Literal["auto"] = "auto",
+        budget: int | None = None,
     ) -> None:
-        self.counts = Counts()
+        self.counts, self.spent = Counts(), False
         self._algorithm, self._layout, self._x0 = algorithm, layout, x0
         self._streams = Streams(seed)
         check(getattr(algorithm, "batch", None), problem.records, problem.kind)
         self._blocks = _blocks(layout.rows, x0, block)
         self._network = LocalNetwork(layout, self._blocks, matrices, self.counts)
         nodes = [layout.nodes[rows] for rows in self._blocks]
-        self._oracles = [BlockOracle(problem, own, self._streams, self.counts) for own in nodes]
+        self._oracles = [BlockOracle(problem, own, self._streams, self.counts, budget) for own in nodes]
         self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
         self._states: list[Any] = []
         self._round = 0
@@ -68,16 +74,23 @@ class Rounds:
     def row_names(self) -> frozenset[str]:
         """Which arrays of `save` and `final` hold one row per node of this rank."""
         names = [name for name, is_rows in _fields(type(self._states[0])).items() if is_rows]
-        return frozenset([*names, *(f"state.{name}" for name in names)])
+        return frozenset([*names, *(f"state.{name}" for name in names), *QUERY_ROWS])
 
     def start(self) -> None:
-        """Play the algorithm's start; its requests and gradients are charged."""
-        self._states = self._drive(
-            [
-                self._algorithm.start(self._x0[rows], oracle, self._draws(oracle, START))
-                for rows, oracle in zip(self._blocks, self._oracles, strict=True)
-            ]
-        )
+        """Play the algorithm's start; its requests and gradients are charged.
+
+        Raises:
+            InputError: the budget of queries does not even cover the start.
+        """
+        blocks = zip(self._blocks, self._oracles, strict=True)
+        try:
+            self._states = self._drive(
+                [self._algorithm.start(self._x0[rows], o, self._draws(o, START)) for rows, o in blocks]
+            )
+        except Spent:
+            raise InputError(
+                f"stop.queries: {self._oracles[0].queries.budget} do not cover the start of this algorithm"
+            ) from None
         self._share()
 
     def advance(self, until: float) -> None:
@@ -86,13 +99,19 @@ class Rounds:
         Raises:
             Diverged: a row is no longer finite.
         """
-        while self._round + 1 <= until:
-            self._states = self._drive(
-                [
-                    self._algorithm.round(state, self._round, oracle, self._draws(oracle, self._round))
-                    for state, oracle in zip(self._states, self._oracles, strict=True)
-                ]
-            )
+        while self._round + 1 <= until and not self.spent:
+            for oracle in self._oracles:
+                oracle.queries.round = self._round
+            try:
+                self._states = self._drive(
+                    [
+                        self._algorithm.round(state, self._round, oracle, self._draws(oracle, self._round))
+                        for state, oracle in zip(self._states, self._oracles, strict=True)
+                    ]
+                )
+            except Spent:
+                self.spent = True
+                break
             self._share()
             self._round += 1
         self._refuse_divergence()
@@ -117,6 +136,7 @@ class Rounds:
         """Return the state, the round, the number of draws and the counts of all ranks (which all call this)."""
         saved = {f"state.{name}": value for name, value in self.final().items()}
         saved["round"] = np.array([self._round, self._oracles[0].draws])
+        saved.update(self._saved_queries())
         saved.update({f"count.{name}": np.array(v) for name, v in counts_of_all(self.counts, self._layout).items()})
         return saved
 
@@ -130,11 +150,28 @@ class Rounds:
         kinds = _fields(type(self._states[0]))
         for block, rows in enumerate(self._blocks):
             self._oracles[block].draws = draws
+            if "query.asked" in saved:
+                own = {name: value[rows] for name, value in saved.items() if name in QUERY_ROWS}
+                self._oracles[block].queries.load(own, saved["query.asked"][0])
             new = {}
             for name, is_rows in kinds.items():
                 value = saved.get(f"state.{name}")
                 new[name] = None if value is None else self._restored(block, name, value[rows] if is_rows else value)
             self._states[block] = dataclasses.replace(self._states[block], **new)
+
+    def query_log(self) -> dict[str, NDArray] | None:
+        """Return what the nodes of this rank asked of black boxes (see `Queries.columns`); None: nobody asked."""
+        if not self._oracles[0].queries.asked.any():
+            return None
+        parts = [oracle.queries.columns() for oracle in self._oracles]
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def _saved_queries(self) -> dict[str, NDArray]:
+        if not self._oracles[0].queries.asked.any():
+            return {}
+        parts = [oracle.queries.save() for oracle in self._oracles]
+        whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return {**whole, "query.asked": self._oracles[0].queries.asked[None]}
 
     def _restored(self, block: int, name: str, value: NDArray) -> Any:
         before = getattr(self._states[block], name)
@@ -151,12 +188,16 @@ class Rounds:
             return [self._drive_one(blocks[0])]
         answers: list[Any] = [None] * len(blocks)
         while True:
-            requests, results = [], []
+            requests, results, spent = [], [], 0
             for block, answer in zip(blocks, answers, strict=True):
                 try:
                     requests.append(block.send(answer))
                 except StopIteration as end:
                     results.append(end.value)
+                except Spent:
+                    spent += 1
+            if spent == len(blocks):
+                raise Spent
             if not requests:
                 return results
             if results:

@@ -76,7 +76,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
-        for name in (RUN, SCENARIO, "metrics.arrows", "metrics.parquet", "study.json"):
+        for name in (RUN, SCENARIO, "metrics.arrows", "metrics.parquet", "queries.parquet", "study.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in (CHECKPOINT, "plots"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -59,6 +59,13 @@ class Result:
         """The seed it ran with."""
         return self.facts["seed"]
 
+    @cached_property
+    def queries(self) -> pd.DataFrame:
+        """Every function value that was asked for: node, number, round, value, and x where points are short."""
+        from fedsim.results.query_log import read_queries
+
+        return read_queries(self.folder)
+
     @property
     def constants(self) -> list[dict[str, Any]]:
         """Derived constants: name, value, formula."""
