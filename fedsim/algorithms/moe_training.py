@@ -121,7 +121,7 @@ class MoETraining(Balancing, SyncAlgorithm):
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return the target load, the sampling floor, and what an all-to-all carries when balanced."""
         p = self._problem
-        s, tokens = p.shape, p.n * self.sequences * self.accumulation * p.p.sequence
+        s, tokens = p.shape, self.tokens
         width = s.d * (4 if p.p.dtype == "float32" else 8)
         crossing = tokens / self.accumulation * s.top_k * width * (1 - 1 / p.n)
         return (
@@ -130,6 +130,11 @@ class MoETraining(Balancing, SyncAlgorithm):
             Constant("maxvio_floor", theory.sampling_floor(tokens, s.experts, s.top_k), "of a batch, i.i.d. tokens"),
             Constant("bytes_per_route", crossing, "T K d width (1 - 1/n), one all-to-all of balanced rows"),
         )
+
+    @property
+    def tokens(self) -> int:
+        """Bytes that all hosts train on in one step."""
+        return self._problem.n * self.sequences * self.accumulation * self._problem.p.sequence
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> TrainingState:
         """Start from the problem's initial weights, biases at 0; the scenario's start is not used."""
@@ -183,7 +188,7 @@ class MoETraining(Balancing, SyncAlgorithm):
         """Return what is recorded; see the class."""
         shape = self._problem.shape
         names = ["val_loss", "train_loss", "maxvio_global", *theory.load_metrics(np.ones((1, shape.experts)), 1)]
-        names += ["bias_range", "bias_spread", "bytes_per_route", "modelled_seconds"]
+        names += ["maxvio_floor", "bias_range", "bias_spread", "bytes_per_route", "modelled_seconds"]
         names += ["dropped"] if self.capacity_factor is not None else []
         chosen = {name: partial(self._metric, name) for name in names}
         for layer in range(shape.layers):

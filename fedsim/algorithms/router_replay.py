@@ -191,8 +191,8 @@ class RouterReplay(Balancing, SyncAlgorithm):
         left_out = set()
         if not self._is_dual:
             left_out |= {"gap", "lagrangian", "benefit", "penalty"}
-        if not s.stationary:
-            left_out |= {"benefit", "penalty"}
+        left_out |= {"maxvio_floor"} if s.stationary else {"benefit", "penalty"}
+        left_out |= {"aux"} if self.bias_rule != "aux_loss" else set()
         if self.oracle == "none" or (self.oracle == "auto" and not s.stationary):
             left_out |= {"gap", "score_ratio"}
         left_out |= {"dropped"} if self.capacity_factor is None else set()

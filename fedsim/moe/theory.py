@@ -8,6 +8,7 @@ its eigenvalues; they are asymptotic and derived in our notes, not quoted from a
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ def starts(experts: int, hosts: int) -> list[int]:
     return [a for a, b in zip(found, [*found[1:], experts], strict=True) if b > a]
 
 
+@cache
 def largest_normal(count: int) -> float:
     """Return the expected maximum of `count` independent standard normals."""
     from scipy.integrate import quad

@@ -38,6 +38,8 @@ class TrainingView:
             if name == "val_loss":
                 return found["loss"]
             return theory.load_metrics(found["loads"].astype(float), problem.n)["maxvio"]
+        if name == "maxvio_floor":
+            return theory.sampling_floor(rule.tokens, problem.shape.experts, problem.shape.top_k)
         if name == "train_loss":
             return float(self.train_loss)
         if name == "dropped":

@@ -120,7 +120,9 @@ def _at(runs: list[Result], cost: str, amount: float) -> dict[str, Any]:
     _refuse_missing(runs, cost)
     row: dict[str, Any] = {}
     for metric in [
-        c for c in runs[0].metrics if c not in (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down")
+        c
+        for c in runs[0].metrics
+        if c not in (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down") and "." not in c
     ]:
         grid = np.array([amount])
         row.update(_quartiles(metric, [float(carried_forward(r.metrics, cost, metric, grid)[0]) for r in runs]))

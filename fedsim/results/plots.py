@@ -29,7 +29,8 @@ TITLES = {
     "distance": r"$\frac{1}{n}\sum_i \Vert x_i - x^\star\Vert^2$",
     "consensus": r"$\frac{1}{n}\sum_i \Vert x_i - \bar{x}\Vert^2$",
     "loss": "objective at the mean model",
-    "maxvio": "MaxVio: (largest load - mean load) / mean load",
+    "maxvio": "MaxVio = largest load / mean load - 1",
+    "bias": "bias p",
     "gap": "D(p) - OPT",
     "stationarity": "squared proximal gradient mapping at the mean",
 }
@@ -60,12 +61,16 @@ def plot(
     Raises:
         InputError: a column that was not recorded.
     """
+    from fedsim.results import experts
+
+    metric = metric or _default_metric(result)
+    if experts.draws(result, metric):
+        return experts.draw(result, metric, Path(out) if out else None)
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metric = metric or _default_metric(result)
     costs = [against] if isinstance(against, str) else list(against or _default_costs(result))
     for column in (metric, *costs):
         _refuse_missing(result, column)
@@ -139,10 +144,18 @@ def _panel(axis: Axes, result: Result | StudyResult, metric: str, cost: str, the
         _line(axis, runs, metric, cost, name, index)
         if theory and cost in (*CLOCKS, "gradients"):
             _guarantee(axis, runs[0], metric, cost, COLOURS[index % len(COLOURS)])
+    _floor(axis, result, metric, cost)
     if _positive(result, metric):
         axis.set_yscale("log")
     axis.set_xlabel(TITLES.get(cost, cost))
     axis.grid(True, which="major", alpha=0.25, linewidth=0.6)
+
+
+def _floor(axis: Axes, result: Result | StudyResult, metric: str, cost: str) -> None:
+    """Draw the level that sampling alone leaves, where it was recorded beside the metric."""
+    frame = result.runs[0].metrics
+    if f"{metric}_floor" in frame:
+        axis.plot(frame[cost], frame[f"{metric}_floor"], color="grey", linestyle=":", linewidth=1.2, label="floor")
 
 
 def _line(axis: Axes, runs: list[Result], metric: str, cost: str, name: str, index: int) -> None:
