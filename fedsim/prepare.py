@@ -10,6 +10,7 @@ import numpy as np
 
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine.layout import Layout
+from fedsim import registry
 from fedsim.errors import InputError
 from fedsim.job import connected
 from fedsim.setting import RunSetting
@@ -75,6 +76,12 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
             f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
         )
     algorithm = live.algorithm or _algorithm(scenario)
+    if problem.has_composite and not algorithm.proximal:
+        have = [k for k in registry.KINDS["algorithm"] if registry.find("algorithm", k, scenario.base).proximal]
+        raise InputError(
+            f"problem.composite: {getattr(algorithm, 'kind', type(algorithm).__name__)} has no prox and would minimise f"
+            f" without r; these have: {', '.join(have)} (one's own says so by `proximal: ClassVar[bool] = True`)"
+        )
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(
         shared, ("rates", scenario.topology, scenario.rates), lambda: _rates(scenario, topology)

@@ -33,6 +33,15 @@ KINDS: dict[str, dict[str, Entry]] = {
         "continuized": Entry(f"{_A}.continuized:Continuized", "accelerated in the dual, one clock of edges (events)"),
         "msda": Entry(f"{_A}.msda:MSDA", "accelerated dual ascent, Chebyshev gossip (rounds)"),
         "adom_plus": Entry(f"{_A}.adom:ADOMPlus", "accelerated primal method, multi-consensus optional (rounds)"),
+        "dproxsgt": Entry(f"{_A}.dproxsgt:DProxSGT", "gradient tracking with a prox, one stochastic gradient (rounds)"),
+        "cdproxsgt": Entry(f"{_A}.cdproxsgt:CDProxSGT", "the same with compressed messages (rounds)"),
+        "gradient_tracking": Entry(f"{_A}.dproxsgt:GradientTracking", "dproxsgt without a prox (rounds)"),
+        "prox_gt_sa": Entry(f"{_A}.dproxsgt:ProxGTSA", "dproxsgt with several mixings, for large batches (rounds)"),
+        "deepstorm": Entry(f"{_A}.sgd:Deepstorm", "momentum-corrected gradients, tracked, with a prox (rounds)"),
+        "dpsgd": Entry(f"{_A}.sgd:DPSGD", "SGD, then averaging with the neighbours; prox optional (rounds)"),
+        "allreduce_sgd": Entry(f"{_A}.sgd:AllReduceSGD", "proximal SGD on the mean gradient of all (rounds)"),
+        "choco_sgd": Entry(f"{_A}.cdproxsgt:ChocoSGD", "SGD with compressed averaging (rounds)"),
+        "beer": Entry(f"{_A}.cdproxsgt:BEER", "gradient tracking with compressed messages (rounds)"),
         "moe_training": Entry(f"{_A}.moe_training:MoETraining", "experts spread over hosts, AdamW (rounds)"),
         "router_replay": Entry(f"{_A}.router_replay:RouterReplay", "balancing rules on router scores (rounds)"),
     },
@@ -83,6 +92,29 @@ KINDS: dict[str, dict[str, Entry]] = {
         "column": Entry(f"{_S}:Column", "by a column of the data"),
         "node": Entry(f"{_S}:Node", "as the synthetic data were drawn"),
     },
+}
+
+_R, _C = "fedsim.problems.composite", "fedsim.compression.compressors"
+KINDS["composite"] = {
+    "none": Entry(f"{_R}:Nothing", "no term"),
+    "l1": Entry(f"{_R}:L1", "weight ||x||_1"),
+    "elastic_net": Entry(f"{_R}:ElasticNet", "l1 ||x||_1 + (l2/2) ||x||^2"),
+    "group_lasso": Entry(f"{_R}:GroupLasso", "weight sum of sqrt(size) ||x_g||_2 over groups"),
+    "mcp": Entry(f"{_R}:MCP", "minimax concave penalty (weakly convex)"),
+    "scad": Entry(f"{_R}:SCAD", "smoothly clipped absolute deviation (weakly convex)"),
+    "box": Entry(f"{_R}:Box", "low <= x <= high"),
+    "ball": Entry(f"{_R}:Ball", "||x||_2 <= radius"),
+    "non_negative": Entry(f"{_R}:NonNegative", "x >= 0"),
+}
+KINDS["compressor"] = {
+    "identity": Entry(f"{_C}:Identity", "everything, in the state's own width"),
+    "top_k": Entry(f"{_C}:TopK", "the entries of largest magnitude"),
+    "random_k": Entry(f"{_C}:RandomK", "entries drawn by a seed that travels instead of their places"),
+    "qsgd": Entry(f"{_C}:QSGD", "levels of the norm, rounded at random"),
+    "uniform": Entry(f"{_C}:Uniform", "levels of the largest magnitude, rounded at random"),
+    "natural": Entry(f"{_C}:Natural", "powers of two, rounded at random: 9 bits a number"),
+    "sign": Entry(f"{_C}:Sign", "signs times the mean magnitude: 1 bit a number"),
+    "low_precision": Entry(f"{_C}:LowPrecision", "bfloat16, float16 or float32"),
 }
 
 GRAPHS = "ring path star complete grid torus hypercube barbell random_geometric random_regular exponential server"

@@ -161,6 +161,7 @@ def run_one(
         facts["totals"] = counts_of_all(player.counts, layout)
         _write_queries(root, player, facts["totals"]["queries"], layout)
         facts["digest"] = _digest(prepared, player)
+        facts.update(player.facts())
         facts["wire_bytes"] = layout.transport.moved
         facts["status"] = "finished"
     except KeyboardInterrupt:
@@ -196,6 +197,7 @@ def _play(
         row = {
             **_clock(p, min(target, player.now)),
             **observer(player.outputs()),
+            **player.measures(),
             **counts_of_all(player.counts, layout),
             "wall_seconds": wall,
         }

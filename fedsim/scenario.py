@@ -314,7 +314,7 @@ def _check_named(sections: dict[str, Any], base: Path, mistakes: _Mistakes) -> N
         if section in sections:
             _check_component((section,), section, sections[section], base, mistakes)
     problem = sections.get("problem", {})
-    for part in ("data", "partition"):
+    for part in ("data", "partition", "composite"):
         if isinstance(problem.get(part), Mapping):
             _check_component(("problem", part), part, problem[part], base, mistakes)
     _check_topology(sections.get("topology"), base, mistakes)
@@ -330,9 +330,10 @@ def _rates_keys() -> tuple[str, ...]:
 
 # Keys that stand beside the component's own, with what reads them.
 BESIDE = {
-    "problem": ("data", "partition", "normalise", "standardise", "bias", "weights", "l2"),
+    "problem": ("data", "partition", "composite", "normalise", "standardise", "bias", "weights", "l2"),
     "data": ("normalise", "bias"),
     "partition": (),
+    "composite": (),
     "algorithm": (),
 }
 

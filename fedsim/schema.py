@@ -44,7 +44,8 @@ def schema() -> dict[str, Any]:
         properties[name] = _of(cls, definitions)
     definitions["data"] = _component("data", definitions, {})
     definitions["partition"] = _component("partition", definitions, {})
-    parts = {name: {"$ref": f"#/$defs/{name}"} for name in ("data", "partition")}
+    definitions["composite"] = _component("composite", definitions, {})
+    parts = {name: {"$ref": f"#/$defs/{name}"} for name in ("data", "partition", "composite")}
     properties["problem"] = _component("problem", definitions, parts)
     properties["algorithm"] = _component("algorithm", definitions, {})
     assert set(properties) == set(KEYS), set(properties) ^ set(KEYS)

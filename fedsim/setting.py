@@ -122,6 +122,11 @@ class RunSetting:
         return resistances(self.topology, self.rates)
 
     @property
+    def tensor_sizes(self) -> list[int]:
+        """Numbers of parameters of the model's tensors."""
+        return self.problem.tensor_sizes
+
+    @property
     def has_dual(self) -> bool:
         """True when the problem has dual gradients."""
         from fedsim.problems.problem import Problem

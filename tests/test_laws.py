@@ -42,7 +42,12 @@ PROBLEMS = {
     "network of numbers": {"kind": "module", "model": "mlp", "hidden": [5, 3], "data": NUMBERS, "partition": SIZES},
 }
 # What an algorithm cannot do without: step sizes where the theory has none.
-PARAMETERS: dict[str, dict] = {"gossip_sgd": {"step": 0.01}, "a2cid2": {"step": 0.01}}
+STEPS = ("dproxsgt", "cdproxsgt", "gradient_tracking", "prox_gt_sa", "deepstorm", "dpsgd", "allreduce_sgd")
+PARAMETERS: dict[str, dict] = {
+    "gossip_sgd": {"step": 0.01},
+    "a2cid2": {"step": 0.01},
+    **{kind: {"eta": 0.01} for kind in (*STEPS, "choco_sgd", "beer")},
+}
 # What an algorithm is played on where it is not made for every problem.
 PLAYED_ON: dict[str, dict] = {
     "router_replay": {"kind": "router_scores", "tokens": 47, "fresh": True, "layers": 2},

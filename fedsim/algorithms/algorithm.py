@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -95,6 +95,10 @@ class Setting(Protocol):
     def common_start(self) -> bool: ...
     @property
     def has_dual(self) -> bool: ...
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Numbers of parameters of the model's tensors."""
+        ...
 
     def require(self, who: str, *names: str) -> None:
         """Refuse (InputError) by name what is missing: "L", "mu" (positive), "dual", "rates", "edges"."""
@@ -119,6 +123,10 @@ class Oracle(Protocol):
     def prox(self, v: torch.Tensor, step: float) -> torch.Tensor: ...
     @property
     def records(self) -> NDArray[np.int64]: ...
+    @property
+    def has_composite(self) -> bool:
+        """Whether there is an r, which only a prox does justice to."""
+        ...
 
 
 class Draws(Protocol):
@@ -148,6 +156,7 @@ class Algorithm(ABC):
     paper: ClassVar[str]
     provenance: ClassVar[Provenance]
     needs: ClassVar[tuple[str, ...]] = ()
+    proximal: ClassVar[bool] = False  # whether it minimises f + r by prox; others are refused where there is an r
 
     def resolve(self, setting: Setting) -> Self:
         """Return a copy whose `auto` fields are numbers; refuse by name what the theory lacks."""
@@ -183,6 +192,14 @@ class SyncAlgorithm(Algorithm):
     def output(self, s: Any, f: Oracle) -> torch.Tensor:
         """Return every node's answer `[rows, dim]`; not charged (an observation)."""
         return s.x
+
+    async def answer(self, s: Any, f: Oracle) -> torch.Tensor:
+        """Return what `output` gives, or what takes a request to know; an observation, never charged."""
+        return self.output(s, f)
+
+    def measures(self, s: Any, f: Oracle) -> Mapping[str, torch.Tensor]:
+        """Return numbers of every row `[rows]` by name; their means over nodes are recorded beside the metrics."""
+        return {}
 
     def metrics(self, setting: Setting) -> dict[str, Callable[[torch.Tensor], float]] | None:
         """Return what is recorded of the mean of all answers `[1, dim]`, by name; None: the problem's metrics."""

@@ -38,6 +38,10 @@ class Packet(Protocol):
         """Return the encoded body of one row; its length is what is charged."""
         ...
 
+    def decode(self, body: bytes) -> NDArray[Any]:
+        """Return the row `[dim]` behind a body of the same compressor: the very bits of the sender's `dense`."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Request:

@@ -267,6 +267,14 @@ class Events:
         x = torch.from_numpy(kernel.outputs(state, self._flow, self._table.output, now or 0.0)).to(self._x0.dtype)
         return self._problem.dual_gradient(x, self._layout.nodes) if self._table.dual else x
 
+    def measures(self) -> dict[str, float]:
+        """Return nothing: an event's state is what is observed."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return who plays."""
+        return {"player": self.player}
+
     def _function_outputs(self, now: float | None) -> torch.Tensor:
         assert isinstance(self._algorithm, EventAlgorithm)
         rows = plain.rows_by_name(self._algorithm.variables, self.state.v.copy())

@@ -14,6 +14,7 @@ from fedsim.errors import RunError
 from fedsim.transport.transport import as_bytes
 
 if TYPE_CHECKING:
+    from fedsim.algorithms.requests import Packet
     from fedsim.engine.layout import Layout
 
 Ints = NDArray[np.int64]
@@ -86,6 +87,33 @@ class Ghosts:
             far[place] = message[HEADER * 8 :].view(array.dtype).reshape(len(place), *array.shape[1:])
         return far
 
+    def bring_packed(self, packets: Sequence[Packet], blocks: Sequence[slice]) -> NDArray | None:
+        """Send the bodies of the rows that others need and return the ghosts' decoded rows; None with one rank.
+
+        Raises:
+            RunError: as `bring`.
+        """
+        if not self._from:
+            return self.bring([packets[0].dense])
+        bodies = {r: [_body(packets, blocks, int(row)) for row in place] for r, place in self._to.items()}
+        head = np.array([self._number, zlib.crc32(self._question.encode()), -1], np.int64)
+        sizes = {r: np.array([*head, *map(len, parts)], np.int64) for r, parts in bodies.items()}
+        theirs = {r: np.empty(8 * (HEADER + len(rows)), np.uint8) for r, rows in self._from.items()}
+        self._layout.transport.exchange({r: as_bytes(size) for r, size in sizes.items()}, theirs)
+        lengths = {r: message.view(np.int64)[HEADER:] for r, message in theirs.items()}
+        for peer, message in theirs.items():
+            self._check(peer, message.view(np.int64)[:HEADER], head)
+        sends = {r: np.frombuffer(b"".join(parts), np.uint8) for r, parts in bodies.items()}
+        receives = {r: np.empty(int(length.sum()), np.uint8) for r, length in lengths.items()}
+        self._layout.transport.exchange(sends, receives)
+        dense = packets[0].dense.numpy()
+        far = np.empty((len(self.positions), *dense.shape[1:]), dense.dtype)
+        for peer, body in receives.items():
+            ends = np.cumsum(lengths[peer])
+            for position, end, length in zip(self._from[peer], ends, lengths[peer], strict=True):
+                far[np.searchsorted(self.positions, position)] = packets[0].decode(body[end - length : end].tobytes())
+        return far
+
     def _check(self, peer: int, theirs: Ints, mine: Ints) -> None:
         if not np.array_equal(theirs, mine):
             raise RunError(
@@ -93,3 +121,8 @@ class Ghosts:
                 f" {mine[0]}, {mine[2]} bytes a row), rank {peer} for something else (request {theirs[0]},"
                 f" {theirs[2]} bytes a row)"
             )
+
+
+def _body(packets: Sequence[Packet], blocks: Sequence[slice], row: int) -> bytes:
+    block = next(b for b, rows in enumerate(blocks) if row < rows.stop)
+    return packets[block].encode(row - blocks[block].start)

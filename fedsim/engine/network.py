@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,7 @@ class LocalNetwork:
         self._degrees = layout.topology.degrees[layout.nodes]
         self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
+        self.packed, self.unpacked, self._warned = 0, 0, False  # bytes of packets, and of the same values unpacked
         self._steps: dict[int, NDArray[np.int64]] = {}  # from row to row, for the width that was last asked for
         self._routes = Routes(layout, blocks, counts)
 
@@ -65,7 +67,7 @@ class LocalNetwork:
         offsets, columns, weights = self._matrix(matrix)
         values = [dense(r.v).contiguous() for r in requests]
         self._charge_edges(requests, values)
-        far = self._ghosts.bring(values)
+        far = self._bring(requests, values)
         addresses, answers = self._addresses(values), []
         if far is not None:
             addresses = np.concatenate([addresses, addresses_of(far)])
@@ -74,6 +76,11 @@ class LocalNetwork:
             mix_rows(rows.start, offsets, columns, weights, addresses, out)
             answers.append(torch.from_numpy(out))
         return answers
+
+    def _bring(self, requests: list[Any], values: list[torch.Tensor]) -> NDArray | None:
+        if isinstance(requests[0].v, torch.Tensor):
+            return self._ghosts.bring(values)
+        return self._ghosts.bring_packed([r.v for r in requests], self._blocks)
 
     def _matrix(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         if name not in self._csr:
@@ -95,7 +102,7 @@ class LocalNetwork:
         offsets, columns, _ = self._matrix("adjacency")
         values = [dense(r.v) for r in requests]
         self._charge_edges(requests, values)
-        far = self._ghosts.bring(values)
+        far = self._bring(requests, values)
         everything = torch.cat(values if far is None else [*values, torch.from_numpy(far)])
         nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
         answers = []
@@ -130,11 +137,24 @@ class LocalNetwork:
         if isinstance(requests[0].v, torch.Tensor):
             counts.bytes += self._own_ends * (values[0].nbytes // len(values[0]))
         else:
-            counts.bytes += int((self._degrees * lengths(requests, values)).sum())
+            sent = int((self._degrees * lengths(requests, values)).sum())
+            counts.bytes += sent
+            self._weigh(sent, self._own_ends * (values[0].nbytes // len(values[0])))
         counts.messages += self._own_ends
         if self._layout.rank == 0:  # counts are added up over ranks
             counts.communications += self._layout.topology.m
             counts.exchanges += 1
+
+    def _weigh(self, sent: int, dense_size: int) -> None:
+        """Note what packets weigh beside the same values unpacked, and say so once where they weigh more."""
+        self.packed, self.unpacked = self.packed + sent, self.unpacked + dense_size
+        if sent > dense_size and not self._warned and self._layout.rank == 0:
+            self._warned = True
+            warnings.warn(
+                f"compressed messages cost {sent / dense_size:.2f} times what dense ones of the same type would:"
+                " keep less, or send values in a shorter type",
+                stacklevel=2,
+            )
 
     def _charge_sum(
         self,

@@ -142,6 +142,11 @@ class BlockOracle:
             return self.problem.dual_gradient(s, self.nodes)
         return self.problem.dual_gradient(s.expand(2, -1).contiguous(), np.repeat(self.nodes, 2))[:1]
 
+    @property
+    def has_composite(self) -> bool:
+        """Whether the problem has a composite term."""
+        return self.problem.has_composite
+
     def prox(self, v: torch.Tensor, step: float) -> torch.Tensor:
         """Return the prox of the composite term, per row."""
         return self.problem.prox(v, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,14 @@ class Player(Protocol):
 
     def outputs(self) -> torch.Tensor:
         """Return every node's answer `[rows, dim]` in position order, at `now`; not charged."""
+        ...
+
+    def measures(self) -> dict[str, float]:
+        """Return what the algorithm measures of its own state, as means over nodes; recorded beside the metrics."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `run.json` says of how it was played."""
         ...
 
     def save(self) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from fedsim.engine.oracle import BlockOracle
 from fedsim.engine.queries import Spent
 from fedsim.engine.sampling import check
 from fedsim.engine.streams import RoundDraws, Streams
+from fedsim.engine.sums import total as global_sum
 from fedsim.errors import Diverged, InputError, RunError
 from fedsim.job import counts_of_all
 from fedsim.problems.problem import Problem
@@ -118,9 +119,33 @@ class Rounds:
 
     def outputs(self) -> torch.Tensor:
         """Return every node's answer `[rows, dim]`; the observation is not charged."""
+        if type(self._algorithm).answer is not SyncAlgorithm.answer:
+            return self._asked_for()
         return torch.cat(
             [self._algorithm.output(s, oracle) for s, oracle in zip(self._states, self._quiet, strict=True)]
         ).detach()
+
+    def _asked_for(self) -> torch.Tensor:
+        before = self.counts.as_dict()
+        pairs = zip(self._states, self._quiet, strict=True)
+        answers = self._drive([self._algorithm.answer(s, oracle) for s, oracle in pairs])
+        self.counts.restore(before)
+        return torch.cat(answers)
+
+    def measures(self) -> dict[str, float]:
+        """Return the means over all nodes of what the algorithm measures of its rows, and what packets saved."""
+        pairs = zip(self._states, self._quiet, strict=True)
+        parts = [self._algorithm.measures(s, oracle) for s, oracle in pairs]
+        n = self._layout.n
+        return {
+            name: float(global_sum(torch.cat([p[name] for p in parts]).double()[:, None], self._layout)[0]) / n
+            for name in parts[0]
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return how much packets weighed beside dense values of the same type."""
+        packed, dense = self._network.packed, self._network.unpacked
+        return {"compression_ratio": packed / dense} if dense else {}
 
     def final(self) -> dict[str, NDArray]:
         """Return the state's fields: rows `[rows, ...]`, shared values `[1, ...]`."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
-    """Return the problem of `{kind, data, partition, ...}` for n nodes.
+    """Return the problem of `{kind, data, partition, composite, ...}` for n nodes.
 
     A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with the class method
     `from_scenario(parameters: dict, n: int, seed: int, base: Path)`, which gets the section without `kind`.
@@ -34,6 +34,17 @@ def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
         InputError: a key, the data or the partition cannot be used.
     """
     section = dict(spec)
+    composite = section.pop("composite", None)
+    problem = _smooth(section, n, seed, base)
+    if composite is None or composite.get("kind") == "none":
+        return problem
+    from fedsim.problems.composite import build as term
+    from fedsim.problems.regularised import Regularised
+
+    return Regularised(problem, term(composite, base))
+
+
+def _smooth(section: dict[str, Any], n: int, seed: int, base: Path) -> Problem:
     kind = str(section.pop("kind"))
     cls = registry.find("problem", kind, base)
     if ":" in kind:

@@ -52,6 +52,11 @@ class ModuleProblem(Problem):
         self._gradient = vmap(grad(self._weighted), in_dims=(0, 0, 0, 0), randomness="error")
         self._losses = vmap(self._weighted, in_dims=(0, 0, 0, 0), randomness="error")
 
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Numbers of parameters of the model's tensors."""
+        return self._sizes
+
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
         g = self._gradient(x, *self._inputs(nodes, batch))

@@ -88,6 +88,16 @@ class Problem(ABC):
 
         return torch.float64
 
+    @property
+    def tensor_sizes(self) -> list[int]:
+        """Numbers of parameters of the model's tensors, in the order in which x holds them; one tensor here."""
+        return [self.dim]
+
+    @property
+    def has_composite(self) -> bool:
+        """Whether there is an r to which only a prox does justice."""
+        return type(self).prox is not Problem.prox
+
     @abstractmethod
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` as `[rows, dim]`: exact for `batch=None`, else the minibatch estimate."""

@@ -1,0 +1,126 @@
+"""Composite terms: prox against brute force, exact zeros, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedsim
+from fedsim.errors import InputError
+from fedsim.problems.composite import build
+
+SCALAR = {
+    "l1": {"weight": 0.7},
+    "elastic_net": {"l1": 0.5, "l2": 2.0},
+    "mcp": {"weight": 0.6, "g": 3.0},
+    "scad": {"weight": 0.4, "a": 3.1},
+    "box": {"low": -0.3, "high": 1.1},
+    "non_negative": {},
+    "none": {},
+}
+WHOLE = {"group_lasso": {"weight": 0.5, "size": 2}, "ball": {"radius": 0.8}}
+
+
+def term(kind):
+    return build({"kind": kind, **{**SCALAR, **WHOLE}[kind]}, None)
+
+
+@pytest.mark.parametrize("kind", SCALAR)
+@settings(max_examples=60, deadline=None)
+@given(v=st.floats(-4, 4), step=st.floats(0.05, 1.8))
+def test_a_coordinates_prox_is_the_minimiser(kind, v, step):
+    """No point of a fine grid around and over the range is better than the closed form."""
+    r = term(kind)
+    found = r.prox(torch.tensor([[v]], dtype=torch.float64), step)
+    grid = torch.from_numpy(np.r_[np.linspace(-5, 5, 4001), float(found) + np.linspace(-1e-3, 1e-3, 101)])[:, None]
+
+    def cost(x):
+        return r.value(x) + ((x[:, 0] - v) ** 2) / (2 * step)
+
+    assert float(cost(found)[0]) <= float(cost(grid).min()) + 1e-12
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_rows_prox_is_the_minimiser(kind):
+    """For terms that couple coordinates: no random point nearby or far is better."""
+    r, rng = term(kind), np.random.default_rng(0)
+    for _ in range(20):
+        v = torch.from_numpy(rng.standard_normal((1, 5)) * rng.uniform(0.1, 2))
+        found = r.prox(v, 0.7)
+        others = found + torch.from_numpy(rng.standard_normal((4000, 5)) * 10.0 ** rng.uniform(-5, 0, (4000, 1)))
+        inside = others if kind != "ball" else others * (0.8 / others.norm(dim=1, keepdim=True)).clamp(max=1.0)
+
+        def cost(x, v=v):
+            return r.value(x) + ((x - v) ** 2).sum(dim=1) / 1.4
+
+        assert float(cost(found)[0]) <= float(cost(inside).min()) + 1e-9
+
+
+def test_the_soft_threshold_is_exact():
+    """(0.3, -0.05, 0.05, 0) at threshold 0.05 becomes (0.25, 0, 0, 0); zeros are +0.0; it scales with the step."""
+    r = build({"kind": "l1", "weight": 0.5}, None)
+    v = torch.tensor([[0.3, -0.05, 0.05, -0.0]], dtype=torch.float64)
+    out = r.prox(v, 0.1)
+    assert out.tolist() == [[0.25, 0.0, 0.0, 0.0]]
+    assert not torch.signbit(out).any()
+    assert (r.prox(v, 1.0) == 0).all()
+
+
+def test_groups_vanish_together():
+    """A group whose norm is below the threshold becomes exactly 0, the others keep their direction."""
+    r = build({"kind": "group_lasso", "weight": 1.0, "size": 2}, None)
+    v = torch.tensor([[0.1, -0.2, 3.0, 4.0, 2.0]], dtype=torch.float64)
+    out = r.prox(v, 0.5)[0]
+    shrink = 1 - 0.5 * 2**0.5 / 5
+    assert out.tolist() == pytest.approx([0.0, 0.0, 3 * shrink, 4 * shrink, 1.5])
+    assert (out[:2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "l2norm"}, "composite.kind: 'l2norm' is not known"),
+        ({"kind": "l1"}, "composite.weight"),
+        ({"kind": "l1", "weight": -1.0}, "composite.weight"),
+        ({"kind": "l1", "wight": 1.0}, "did you mean 'weight'"),
+        ({"kind": "box", "low": 1.0, "high": 0.0}, "low < high needed"),
+        ({"kind": "scad", "weight": 1.0, "a": 2.0}, "composite.a"),
+    ],
+)
+def test_wrong_terms_are_refused(section, message):
+    """The key, what was given, what is needed."""
+    with pytest.raises(InputError, match=message):
+        build(section, None)
+
+
+def test_a_step_too_long_for_a_weakly_convex_term_is_refused():
+    """The prox of MCP needs step < g."""
+    with pytest.raises(InputError, match="needs a step below g = 3"):
+        term("mcp").prox(torch.zeros(1, 1), 3.0)
+
+
+GIVEN = {
+    "name": "l1",
+    "topology": {"kind": "ring", "n": 4},
+    "problem": {"kind": "quadratic", "dim": 5, "composite": {"kind": "l1", "weight": 0.4}},
+    "algorithm": {"kind": "dproxsgt", "eta": 0.05},
+    "schedule": {"horizon": 600},
+    "record": {"every": 600},
+}
+
+
+def test_a_scenario_with_a_term_runs_to_its_optimum(tmp_path):
+    """`problem.composite` reaches prox, loss, optimum and the columns of sparsity."""
+    result = fedsim.run(GIVEN, folder=tmp_path / "out")
+    last = result.metrics.iloc[-1]
+    assert last["distance"] < 1e-20
+    assert {"nonzeros", "nonzeros_half", "nonzeros_x"} <= set(result.metrics)
+    assert result.facts["problem"]["composite"] == "L1(weight=0.4)"
+
+
+@pytest.mark.parametrize("algorithm", [{"kind": "dadao"}, {"kind": "gradient_tracking", "eta": 0.1}])
+def test_methods_without_a_prox_refuse_a_term(tmp_path, algorithm):
+    """They would minimise another objective; the message names those that can."""
+    with pytest.raises(InputError, match=r"has no prox and would minimise f without r; these have: .*dproxsgt"):
+        fedsim.run({**GIVEN, "algorithm": algorithm}, folder=tmp_path / "out")

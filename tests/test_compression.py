@@ -1,0 +1,184 @@
+"""Compressors: exact codecs, declared constants, purity, true bytes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+
+from fedsim.algorithms.requests import Mix
+from fedsim.compression.compressors import build
+from fedsim.engine.counts import Counts
+from fedsim.engine.layout import Layout
+from fedsim.engine.network import LocalNetwork
+from fedsim.engine.streams import RoundDraws, Streams
+from fedsim.errors import InputError
+from fedsim.topology.build import build as graph
+
+ALL = {
+    "identity": {"kind": "identity"},
+    "bf16": {"kind": "low_precision"},
+    "fp16": {"kind": "low_precision", "to": "float16"},
+    "fp32": {"kind": "low_precision", "to": "float32"},
+    "top": {"kind": "top_k", "ratio": 0.3},
+    "top of tensors": {"kind": "top_k", "ratio": 0.3, "scope": "tensor"},
+    "top, short": {"kind": "top_k", "k": 2, "values": "float16"},
+    "random": {"kind": "random_k", "ratio": 0.3},
+    "random of tensors": {"kind": "random_k", "ratio": 0.5, "scope": "tensor"},
+    "random, unbiased": {"kind": "random_k", "ratio": 0.25, "unbiased": True, "values": "float32"},
+    "qsgd": {"kind": "qsgd", "levels": 4},
+    "qsgd in blocks": {"kind": "qsgd", "levels": 7, "block": 5},
+    "qsgd, scaled": {"kind": "qsgd", "levels": 2, "scaled": True},
+    "uniform": {"kind": "uniform", "levels": 3},
+    "natural": {"kind": "natural"},
+    "sign": {"kind": "sign"},
+    "sign of tensors": {"kind": "sign", "scope": "tensor"},
+}
+
+
+def draws(rows, seed=0, step=0):
+    return RoundDraws(Streams(seed), np.arange(rows), step)
+
+
+def sizes_of(dim):
+    return (dim // 2, dim - dim // 2) if dim > 1 else (dim,)
+
+
+def packed(how, v, seed=0, step=0):
+    """Return the packet of rows `v [rows, dim]`."""
+    return build(how, "compress").compress(v, draws(len(v), seed, step), "test", sizes_of(v.shape[1]))
+
+
+numbers = st.floats(-1e6, 1e6, width=32) | st.just(0.0) | st.sampled_from([1.0, -1.0, 1e-30, -3e-200])
+
+
+@pytest.mark.parametrize("how", ALL.values(), ids=ALL)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_decoding_gives_the_very_bits(how, data):
+    """`decode(encode(row))` is `dense[row]` to the bit, and what is charged is the length of the encoded body."""
+    rows, dim = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 40))
+    values = data.draw(st.lists(numbers, min_size=rows * dim, max_size=rows * dim))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
+    v = torch.tensor(values, dtype=torch.float64).to(dtype).reshape(rows, dim)
+    before = v.clone()
+    packet = packed(how, v)
+    assert torch.equal(v, before)
+    assert packet.dense.dtype == dtype
+    lengths = packet.lengths()
+    for row in range(rows):
+        body = packet.encode(row)
+        assert len(body) == lengths[row]
+        decoded = packet.decode(body)
+        assert decoded.dtype == packet.dense.numpy().dtype
+        assert np.array_equal(decoded, packet.dense[row].numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("how", ALL.values(), ids=ALL)
+def test_rows_do_not_see_each_other(how):
+    """A row's packet is the same alone and among others."""
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 23)))
+    whole = packed(how, v).dense
+    for row in range(5):
+        alone = build(how, "c").compress(
+            v[row : row + 1], RoundDraws(Streams(0), np.array([row]), 0), "test", sizes_of(23)
+        )
+        assert torch.equal(alone.dense[0], whole[row])
+
+
+@pytest.mark.parametrize("how", ALL.values(), ids=ALL)
+def test_declared_constants_hold(how):
+    """Contraction and variance bounds hold over Gaussian, sparse and constant vectors; unbiased means are unbiased."""
+    rng, many, dim = np.random.default_rng(1), 4000, 24
+    sparse = rng.standard_normal(dim) * (rng.random(dim) < 0.2)
+    for v in (rng.standard_normal(dim), sparse, np.ones(dim), np.r_[100.0, np.zeros(dim - 1)]):
+        rows = torch.from_numpy(np.repeat(v[None], many, axis=0))
+        out = packed(how, rows).dense.numpy()
+        delta, omega = build(how, "c").quality(sizes_of(dim))
+        error = ((out - v) ** 2).sum(axis=1)
+        slack = 4 * error.std() / math.sqrt(many) + 1e-9 * (v @ v)
+        if delta is not None:
+            assert error.mean() <= (1 - delta) * (v @ v) + slack
+        if omega is not None:
+            assert error.mean() <= omega * (v @ v) + slack
+            assert (np.abs(out.mean(axis=0) - v) <= 5 * out.std(axis=0) / math.sqrt(many) + 1e-6 * np.abs(v)).all()
+
+
+@pytest.mark.parametrize("how", ALL.values(), ids=ALL)
+def test_zero_stays_zero(how):
+    """Q(0) = 0, without a division by the norm."""
+    assert (packed(how, torch.zeros(2, 9, dtype=torch.float64)).dense == 0).all()
+
+
+def test_top_k_keeps_the_largest_and_the_first_of_equals():
+    """The largest magnitudes, signs kept; ties go to the lowest place; k = max(1, floor(ratio d))."""
+    v = torch.tensor([[3.0, -5.0, 1.0, 2.0, -0.1], [1.0, -1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    kept = packed({"kind": "top_k", "k": 2}, v).dense
+    assert kept.tolist() == [[3.0, -5.0, 0, 0, 0], [1.0, -1.0, 0, 0, 0]]
+    one = packed({"kind": "top_k", "ratio": 0.1}, v).dense
+    assert (one != 0).sum(dim=1).tolist() == [1, 1]
+
+
+def test_different_rounds_and_seeds_draw_differently():
+    """Random compressors depend on seed and round, and on nothing else."""
+    v = torch.ones(1, 64, dtype=torch.float64)
+    how = {"kind": "random_k", "ratio": 0.5}
+    first = packed(how, v).dense
+    assert torch.equal(first, packed(how, v).dense)
+    assert not torch.equal(first, packed(how, v, seed=1).dense)
+    assert not torch.equal(first, packed(how, v, step=1).dense)
+
+
+LENET = [150, 6, 2400, 16, 30720, 120, 10080, 84, 840, 10]  # 44,426 parameters in ten tensors
+
+
+def test_published_sizes_of_a_network():
+    """LeNet5, largest 30 % of each tensor in float32: 58,858 bytes a message, against 177,704 dense."""
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((1, sum(LENET)))).float()
+    top = build({"kind": "top_k", "ratio": 0.3, "scope": "tensor"}, "c")
+    packet = top.compress(v, draws(1), "c", LENET)
+    assert packet.values.shape[1] == 13_326
+    assert packet.lengths()[0] == 58_858
+    assert top.quality(LENET).delta == pytest.approx(1 / 6)
+
+
+def test_few_places_travel_as_gaps():
+    """One in a thousand: gaps of one or two bytes instead of a bitmap of 1,250."""
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 10_000)))
+    packet = packed({"kind": "top_k", "k": 10}, v)
+    assert 10 * 8 + 10 <= packet.lengths()[0] <= 10 * 8 + 20
+
+
+def test_mixing_charges_the_encoded_bodies_and_warns_where_they_cost_more():
+    """A mixing of packets costs degree times length; packets longer than dense values are told about once."""
+    topology = graph("ring:4")
+    counts = Counts()
+    W = csr_array(np.full((4, 4), 0.25))
+    network = LocalNetwork(Layout(topology), [slice(0, 4)], {"W": W}, counts)
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 8)))
+    answer = network.answer([Mix(packed({"kind": "top_k", "k": 2}, v))])[0]
+    assert counts.bytes == 4 * 2 * (2 * 8 + 1)
+    assert answer.shape == (4, 8)
+    with pytest.warns(UserWarning, match="cost 1.02 times"):
+        network.answer([Mix(packed({"kind": "top_k", "k": 8}, v[:, :8]))])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"kind": "top_q"}, "did you mean 'top_k'"),
+        ({"kind": "top_k"}, "give one of ratio"),
+        ({"kind": "top_k", "ratio": 0.1, "k": 3}, "give one of ratio"),
+        ({"kind": "top_k", "ratio": 1.5}, "compress.ratio"),
+        ({"kind": "top_k", "k": 3, "scope": "tensor"}, "needs a ratio"),
+        ({"kind": "qsgd", "level": 3}, "compress.level: unknown key"),
+        ({"kind": "random_k", "ratio": 0.5, "unbiased": True, "scope": "tensor"}, "needs scope flat"),
+    ],
+)
+def test_wrong_compressors_are_refused(how, message):
+    """The key, and what is needed."""
+    with pytest.raises(InputError, match=message):
+        build(how, "compress")

@@ -1,0 +1,348 @@
+"""DProxSGT and its relatives: published-form traces on a lasso without random numbers, invariants, special cases."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.algorithms.algorithm import Sampling
+from fedsim.algorithms.cdproxsgt import BEER, CDProxSGT, ChocoSGD
+from fedsim.algorithms.dproxsgt import DProxSGT, GradientTracking, ProxGTSA
+from fedsim.algorithms.sgd import DPSGD, AllReduceSGD, Deepstorm
+from fedsim.engine.layout import Layout
+from fedsim.engine.rounds import Rounds
+from fedsim.problems.composite import L1, Box, Nothing, Term
+from fedsim.problems.problem import Problem
+from fedsim.problems.regularised import Regularised
+from fedsim.setting import RunSetting
+from fedsim.topology.build import build
+from fedsim.topology.mixing import mixing_matrix
+
+STAR = np.array([1.41415816, 0.90654168, 0.0, 1.43982354, 0.0, 0.0])  # by an independent conic solver
+
+
+class Lasso(Problem):
+    """`f_i(x) = ||A_i x - b_i||^2 / 16` with sines for entries: five nodes whose data differ."""
+
+    kind = "lasso"
+
+    def __init__(self):
+        self.n, self.dim = 5, 6
+        self.records = np.full(5, 8)
+        i, r, c = np.ogrid[:5, :8, :6]
+        self.A = np.sin(1.0 + 7 * i + 3 * r + 2 * c * (r + 1))
+        target = np.where(np.arange(6) % 3 == 0, 1.5, 0.0) + 0.5 * np.arange(5)[:, None] * (np.arange(6) == 1)
+        self.b = np.einsum("irc,ic->ir", self.A, target) + 0.1 * np.cos(np.arange(8)[None] + np.arange(5)[:, None])
+        values = np.linalg.eigvalsh(np.einsum("irc,ird->icd", self.A, self.A) / 8)
+        self.L, self.mu = values[:, -1], values[:, 0]
+
+    def gradient(self, x, nodes, batch=None):
+        A, b, x = self.A[nodes], self.b[nodes], x.numpy()
+        if batch is None:
+            return torch.from_numpy(np.einsum("irc,ir->ic", A, np.einsum("irc,ic->ir", A, x) - b) / 8)
+        rows = np.arange(len(nodes))[:, None]
+        A, b = A[rows, batch.indices], b[rows, batch.indices]
+        error = np.einsum("irc,ic->ir", A, x) - b
+        return torch.from_numpy(np.einsum("ir,irc,ir->ic", batch.weights, A, error))
+
+    def loss(self, x, nodes):
+        error = np.einsum("irc,ic->ir", self.A[nodes], np.broadcast_to(x.numpy(), (len(nodes), 6))) - self.b[nodes]
+        return torch.from_numpy((error**2).sum(axis=1) / 16)
+
+
+SMOOTH = Lasso()
+LASSO = Regularised(SMOOTH, L1(0.05))
+
+
+def played(algorithm, rounds, problem=LASSO, topology="ring:5", W=None, seed=0, watch=None):
+    """Return the player after some rounds from 0; `watch` sees the state after every one."""
+    graph = build(topology)
+    W = mixing_matrix(graph) if W is None else W
+    algorithm = algorithm.resolve(RunSetting(problem, graph, None, None, W))
+    x0 = torch.zeros(problem.n, problem.dim, dtype=torch.float64)
+    order = Layout(graph)
+    player = Rounds(algorithm, problem, order, {"W": W}, x0, seed)
+    player.start()
+    for k in range(rounds):
+        player.advance(k + 1)
+        if watch:
+            watch(k, Fields(player))
+    return player
+
+
+class Fields:
+    """A state's fields by node number."""
+
+    def __init__(self, player):
+        place = player._layout.topology.position
+        for name, value in player.final().items():
+            setattr(self, name, value[place])
+
+
+def x_after(algorithm, rounds, **how):
+    """Return the models by node number after some rounds."""
+    return Fields(played(algorithm, rounds, **how)).x
+
+
+def test_the_problem_is_the_published_one():
+    """Constants, gradients at 0 and the minimiser of the golden lasso."""
+    assert SMOOTH.L.max() == pytest.approx(0.984907697077, abs=1e-11)
+    g = SMOOTH.gradient(torch.zeros(5, 6, dtype=torch.float64), np.arange(5)).numpy()
+    first = [-0.362445809414, 0.082210604430, 0.265464303430, -0.685204885736, 0.071926897804, 0.085500779685]
+    assert g[0] == pytest.approx(first, abs=1e-11)
+    assert LASSO.optimum().numpy() == pytest.approx(STAR, abs=1e-8)
+    x = LASSO.optimum()[None]
+    value = SMOOTH.loss(x, np.arange(5)).mean() + LASSO.composite(x)[0]
+    assert float(value) == pytest.approx(0.315675026455, abs=1e-11)
+
+
+# First node, sum and norm of all models. No norm at C, 10: the 2.036706740 at hand does not fit its own row and sum.
+TRACES = {
+    ("A", 1): (
+        "0.062609188155 0.024450044263 -0.021401968870 0.076677138666 0.002301730378 -0.001686319085",
+        0.898577065924,
+        0.267533277477,
+    ),
+    ("A", 2): (
+        "0.132047167165 0.057331724304 -0.036193060563 0.155223123477 0.005301355114 -0.001734285941",
+        1.746025307545,
+        0.513476384356,
+    ),
+    ("A", 10): (
+        "0.580815816417 0.286280763627 -0.087419290557 0.651016455031 0.010304989102 0",
+        7.188059692249,
+        2.059310937425,
+    ),
+    ("B", 1): (
+        "0.054466737294 0.025771651135 -0.031587998340 0.068606914109 0.000528266997 -0.003085277728",
+        0.898276181406,
+        0.279081672528,
+    ),
+    ("B", 3): (
+        "0.192878618288 0.087060366430 -0.053321165199 0.226457694458 0.009164657194 -0.002106582177",
+        2.551912025461,
+        0.748740729799,
+    ),
+    ("C", 1): (
+        "0.040563170924 0.007100803925 -0.021546430343 0.066840885807 -0.002192689780 -0.003550077968",
+        0.892943640464,
+        0.292745192200,
+    ),
+    ("C", 3): (
+        "0.149975785140 0.041359249161 -0.068628441123 0.193075361377 -0.004576274086 -0.004494518082",
+        2.534174241009,
+        0.782756584353,
+    ),
+    ("C", 10): (
+        "0.521566021591 0.232102996022 -0.123671607161 0.617153545143 0.022723679232 0",
+        7.116645164904,
+        None,
+    ),
+}
+VARIANTS = {
+    "A": DProxSGT(eta=0.1),
+    "B": DProxSGT(eta=0.1, tracker="pre_mix"),
+    "C": CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 2}, gamma_x=0.3, gamma_y=0.3),
+}
+
+
+@pytest.mark.parametrize(("variant", "rounds"), TRACES)
+def test_golden_traces(variant, rounds):
+    """Both forms and the compressed method give the published numbers: only the right order of operations does."""
+    first, total, norm = TRACES[variant, rounds]
+    x = x_after(VARIANTS[variant], rounds)
+    assert x[0] == pytest.approx([float(v) for v in first.split()], abs=1e-11)
+    assert x.sum() == pytest.approx(total, abs=1e-10)
+    assert norm is None or np.linalg.norm(x) == pytest.approx(norm, abs=1e-10)
+
+
+COMPRESSORS = [
+    {"kind": "top_k", "k": 1},
+    {"kind": "random_k", "ratio": 0.5},
+    {"kind": "qsgd", "levels": 4},
+    {"kind": "sign"},
+    {"kind": "natural"},
+    {"kind": "low_precision"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:compressed messages cost")
+@pytest.mark.parametrize("graph", ["ring:5", "star:5", "random_geometric:n=5,radius=0.8,seed=2"])
+@pytest.mark.parametrize("how", [*VARIANTS.values(), *COMPRESSORS], ids=str)
+def test_means_are_kept_by_any_compressor(how, graph):
+    """At every round the mean tracker is the mean gradient, and mixing keeps the mean model."""
+    algorithm = how if not isinstance(how, dict) else CDProxSGT(eta=0.02, compress=how, gamma_x=0.2, gamma_y=0.2)
+
+    def watch(k, s):
+        assert np.abs(s.y.mean(axis=0) - s.g.mean(axis=0)).max() < 1e-12
+        assert np.abs(s.x.mean(axis=0) - s.half.mean(axis=0)).max() < 1e-13
+        if hasattr(s, "x_hat"):
+            W = mixing_matrix(build(graph)).toarray()
+            assert np.abs(W @ s.x_hat - s.x_sum).max() < 1e-10
+            assert np.abs(W @ s.y_hat - s.y_sum).max() < 1e-10
+
+    played(algorithm, 60, topology=graph, watch=watch)
+
+
+def test_identity_compression_is_the_uncompressed_method():
+    """gamma = 1 gives DProxSGT, gamma = 1/2 gives it with (I + W)/2, to rounding."""
+    identity = {"compress": "identity", "gamma_x": 1.0, "gamma_y": 1.0}
+    assert np.abs(x_after(CDProxSGT(eta=0.3, **identity), 500) - x_after(DProxSGT(eta=0.3), 500)).max() < 1e-12
+    W = mixing_matrix(build("ring:5"))
+    lazy = (W + np.eye(5)) / 2
+    from scipy.sparse import csr_array
+
+    half = x_after(CDProxSGT(eta=0.3, compress="identity"), 300)
+    assert np.abs(half - x_after(DProxSGT(eta=0.3), 300, W=csr_array(lazy))).max() < 1e-12
+
+
+def ista(rounds, eta, problem):
+    """Return centralised proximal gradient from 0."""
+    x = torch.zeros(1, 6, dtype=torch.float64)
+    for _ in range(rounds):
+        g = problem.gradient(x.expand(5, -1), np.arange(5)).mean(dim=0, keepdim=True)
+        x = problem.prox(x - eta * g, eta)
+    return x.numpy()[0]
+
+
+def test_with_the_complete_average_it_is_centralised_proximal_gradient():
+    """W = J: the paper's form is ISTA; the other form is so only without a term; so is all-reduce."""
+    from scipy.sparse import csr_array
+
+    J = csr_array(np.full((5, 5), 0.2))
+    for problem in (LASSO, Regularised(SMOOTH, Nothing())):
+        exact = ista(50, 0.3, problem)
+        assert np.abs(x_after(DProxSGT(eta=0.3), 50, problem=problem, topology="complete:5", W=J) - exact).max() < 1e-14
+        assert np.abs(x_after(AllReduceSGD(eta=0.3), 50, problem=problem) - exact).max() < 1e-14
+    other = x_after(DProxSGT(eta=0.3, tracker="pre_mix"), 50, topology="complete:5", W=J)
+    assert 1e-7 < np.abs(other - ista(50, 0.3, LASSO)).max() < 1e-4
+
+
+def distance(x):
+    """Return `||X - 1 x*'||`."""
+    return float(np.linalg.norm(x - LASSO.optimum().numpy()))
+
+
+def test_tracking_is_exact_where_nodes_differ_and_averaging_is_not():
+    """DProxSGT, ProxGT-SA, DEEPSTORM and compressed tracking reach the minimiser; D-PSGD and CHOCO stop beside it."""
+    assert distance(x_after(DProxSGT(eta=0.1), 1000)) < 1e-12
+    assert distance(x_after(ProxGTSA(eta=0.1), 1000)) < 1e-12
+    assert distance(x_after(Deepstorm(eta=0.1), 2000)) < 1e-10
+    assert (
+        distance(x_after(CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 1}, gamma_x=0.3, gamma_y=0.3), 4000))
+        < 1e-12
+    )
+    assert distance(x_after(DPSGD(eta=0.1), 2000)) == pytest.approx(0.0800, abs=2e-4)
+    assert distance(x_after(DPSGD(eta=0.01), 8000)) == pytest.approx(0.00859, abs=2e-5)
+    choco = ChocoSGD(eta=0.1, compress={"kind": "top_k", "k": 2}, gamma=0.3)
+    assert distance(x_after(choco, 3000)) == pytest.approx(0.335, abs=2e-3)
+    reference = x_after(AllReduceSGD(eta=0.1, order="prox_first"), 3000)
+    assert np.linalg.norm(reference[0] - STAR) == pytest.approx(0.0056, abs=1e-4)
+    smooth = x_after(GradientTracking(eta=0.2), 1500, problem=SMOOTH)
+    assert SMOOTH.gradient(torch.from_numpy(smooth), np.arange(5)).mean(dim=0).abs().max() < 1e-12
+
+
+def test_beer_shifted_by_half_a_round_is_the_compressed_method():
+    """With BEER's gradient and tracker moved behind gossip, and no prox, CDProxSGT's bits come out to 1e-11."""
+    top = {"kind": "top_k", "k": 2}
+    gamma, eta, W = 0.3, 0.1, mixing_matrix(build("ring:5")).toarray()
+    mine = x_after(CDProxSGT(eta=eta, compress=top, gamma_x=gamma, gamma_y=gamma), 300, problem=SMOOTH)
+
+    def top2(v):
+        out = np.zeros_like(v)
+        place = np.argsort(-np.abs(v), axis=1, kind="stable")[:, :2]
+        np.put_along_axis(out, place, np.take_along_axis(v, place, 1), 1)
+        return out
+
+    X, H, V, G, g = (np.zeros((5, 6)) for _ in range(5))
+    for _ in range(300):
+        point = X + gamma * (W - np.eye(5)) @ H  # behind gossip
+        new = SMOOTH.gradient(torch.from_numpy(point), np.arange(5)).numpy()
+        V = V + gamma * (W - np.eye(5)) @ G + new - g
+        G = G + top2(V - G)
+        X = point - eta * (V + gamma * (W - np.eye(5)) @ G)
+        H = H + top2(X - H)
+        g = new
+    assert np.abs(mine - (X + gamma * (W - np.eye(5)) @ H)).max() < 1e-11
+
+
+def test_beer_reaches_the_minimiser_without_a_term():
+    """The published method, exact gradients, top-2: the mean gradient vanishes."""
+    x = x_after(BEER(eta=0.1, compress={"kind": "top_k", "k": 2}, gamma=0.3), 3000, problem=SMOOTH)
+    assert SMOOTH.gradient(torch.from_numpy(x), np.arange(5)).mean(dim=0).abs().max() < 1e-10
+
+
+def test_zeros_are_exact_before_mixing():
+    """At rounds 20, 60 and 200 every node's point before mixing has exactly three zeros."""
+    seen = {}
+    played(DProxSGT(eta=0.3), 200, watch=lambda k, s: seen.update({k + 1: (s.half == 0).sum(axis=1)}))
+    assert [seen[t].tolist() for t in (20, 60, 200)] == [[3] * 5] * 3
+
+
+def test_too_bold_compression_is_reported_as_divergence():
+    """Top-1 with gamma = 1 overflows: the run says so and gives no NaN."""
+    from fedsim.errors import Diverged
+
+    bold = CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 1}, gamma_x=1.0, gamma_y=1.0)
+    with pytest.raises(Diverged):
+        played(bold, 100_000, watch=lambda k, s: None)
+
+
+def test_noise_leaves_a_consensus_of_the_order_of_the_step_squared():
+    """One random record a node: consensus / eta^2 is one constant over a factor four of steps."""
+    ratios = []
+    for eta in (0.1, 0.05, 0.025):
+        seen = []
+        algorithm = DProxSGT(eta=eta, batch=Sampling(1))
+
+        def watch(k, s, seen=seen):
+            if k > 500:
+                seen.append(((s.x - s.x.mean(axis=0)) ** 2).sum())
+
+        played(algorithm, 6000, watch=watch)
+        ratios.append(np.mean(seen) / eta**2)
+    assert max(ratios) / min(ratios) < 1.1
+
+
+def test_one_gradient_a_round_each():
+    """T rounds of n nodes cost n T gradients; DEEPSTORM two a round and one to start."""
+    assert played(DProxSGT(eta=0.1), 7).counts.gradients == 35
+    assert played(Deepstorm(eta=0.1), 7).counts.gradients == 75
+
+
+def test_a_box_is_never_left():
+    """Averages of feasible points are feasible: every model of every round lies in the box."""
+    boxed = Regularised(SMOOTH, Box(-0.2, 0.4))
+    played(DProxSGT(eta=0.3), 100, problem=boxed, watch=lambda k, s: _inside(s.x))
+
+
+def _inside(x):
+    assert x.min() >= -0.2
+    assert x.max() <= 0.4
+
+
+def test_the_answer_by_prox_is_sparse_and_costs_nothing():
+    """`final: prox` answers with three exact zeros where averages have filled them, and charges no observation."""
+    player = played(DProxSGT(eta=0.3, final="prox"), 30)
+    before = player.counts.as_dict()
+    assert (player.outputs()[0] == 0).sum() == 3
+    assert player.counts.as_dict() == before
+
+
+@dataclass(frozen=True)
+class Half(Term):
+    """A term of one's own: half the squared norm."""
+
+    def value(self, x):
+        return 0.5 * (x * x).sum(dim=1)
+
+    def prox(self, v, step):
+        return v / (1 + step)
+
+
+def test_the_optimum_of_ones_own_term_is_found():
+    """f + (1/2)||x||^2 has the ridge solution as its optimum, to 1e-12."""
+    H = np.einsum("irc,ird->cd", SMOOTH.A, SMOOTH.A) / 40 + np.eye(6)
+    exact = np.linalg.solve(H, np.einsum("irc,ir->c", SMOOTH.A, SMOOTH.b) / 40)
+    assert Regularised(SMOOTH, Half()).optimum().numpy() == pytest.approx(exact, abs=1e-12)
