@@ -153,6 +153,8 @@ class RunSetting:
                 f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2, or give the"
                 " constants yourself"
             )
+        if name == "gradient" and not self.problem.has_gradient:
+            return f"gradients, and problem {kind!r} is a black box; use fzoos, fedzo, fedprox_zo or scaffold_zo"
         if name == "dual" and not self.has_dual:
             return (
                 f"dual gradients, which problem {kind!r} does not have; least squares of full column rank, ridge and"

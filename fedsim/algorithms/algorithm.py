@@ -112,8 +112,23 @@ class Oracle(Protocol):
     n: int
 
     def gradient(
-        self, x: torch.Tensor, batch: Sampling | Minibatch | None = None, rng: Draws | None = None
-    ) -> torch.Tensor: ...
+        self,
+        x: torch.Tensor,
+        batch: Sampling | Minibatch | None = None,
+        rng: Draws | None = None,
+        rows: NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Return gradients `[rows, dim]`; `rows` is a mask by node number (partial participation), 0 outside it."""
+        ...
+
+    def query(self, points: torch.Tensor, rows: NDArray[np.bool_] | None = None) -> torch.Tensor:
+        """Return noisy function values `[rows, count]` at `points [rows, count, dim]`; 0 outside the mask."""
+        ...
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the nearest points of the problem's box."""
+        ...
+
     def sample(self, sampling: Sampling | None, rng: Draws) -> Minibatch | None: ...
     def dual_gradient(self, s: torch.Tensor) -> torch.Tensor: ...
     def charge(self, gradients: int = 0, samples: int = 0) -> None:

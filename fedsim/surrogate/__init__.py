@@ -1,0 +1,1 @@
+"""Gaussian processes over a client's queries, their gradients, and random features that compress them."""
