@@ -7,6 +7,7 @@ from launching import launch, needs_mpi
 
 import fedsim
 
+QUADRATIC = {"kind": "quadratic", "dim": 8}
 ROUNDS = {
     "name": "rounds",
     "topology": {"kind": "grid", "rows": 3, "columns": 5},
@@ -25,6 +26,28 @@ ROUNDS = {
             "problem": {"kind": "multinomial", "l2": 0.1, "data": {"kind": "iris", "normalise": "columns"}},
         },
         "blocks of two": {"engine.block": 2},
+        "prox": {
+            "problem": {**QUADRATIC, "composite": {"kind": "group_lasso", "weight": 0.2, "size": 2}},
+            "algorithm": {"kind": "dproxsgt", "eta": 0.05, "final": "prox"},
+        },
+        "top": {
+            "problem": {**QUADRATIC, "composite": {"kind": "l1", "weight": 0.2}},
+            "algorithm": {"kind": "cdproxsgt", "eta": 0.05, "compress": {"kind": "top_k", "ratio": 0.4}},
+        },
+        "drawn": {
+            "problem": QUADRATIC,
+            "algorithm": {
+                "kind": "cdproxsgt",
+                "eta": 0.05,
+                "compress": {"kind": "qsgd", "levels": 8, "block": 3},
+                "compress_y": {"kind": "random_k", "ratio": 0.5},
+            },
+            "engine.block": 2,
+        },
+        "beer": {"problem": QUADRATIC, "algorithm": {"kind": "beer", "eta": 0.05, "compress": "natural"}},
+        "choco": {"algorithm": {"kind": "choco_sgd", "eta": 0.05, "compress": "sign", "batch": {"size": 4}}},
+        "deepstorm": {"algorithm": {"kind": "deepstorm", "eta": 0.05, "batch": {"size": 4, "kind": "epoch"}}},
+        "server": {"topology": {"kind": "server", "n": 7}, "algorithm": {"kind": "allreduce_sgd", "eta": 0.05}},
     },
 }
 
