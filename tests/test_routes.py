@@ -10,6 +10,7 @@ from fedsim.algorithms.requests import Route
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
+from fedsim.engine.routes import taken
 from fedsim.errors import RunError
 from fedsim.topology.topology import Topology
 
@@ -129,3 +130,10 @@ def test_a_destination_that_does_not_exist_is_refused():
     sent[2] = (torch.ones(1, DIM).double(), np.array([N]))
     with pytest.raises(RunError, match=r"Route: to 7 given, but there are 7 nodes, numbered from 0"):
         played(sent, Topology.server(N))
+
+
+def test_long_runs_are_copied_whole_to_the_same_rows():
+    """Copying run by run is indexing."""
+    values = torch.arange(600.0).view(200, 3)
+    for order in (np.r_[100:200, 0:100], np.r_[150:200, 0:20, 20:150], np.random.default_rng(0).permutation(200)):
+        assert torch.equal(taken(values, order), values[torch.from_numpy(order)])

@@ -1,4 +1,4 @@
-"""Pictures of experts over time: loads as heat maps, biases as lines, the Lagrangian's terms; a panel per variant."""
+"""Pictures of experts over time: loads as heat maps, biases as lines, the Lagrangian's terms, the regret's growth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TERMS = {"gap": "D(p) - OPT", "benefit": "rise: switching benefits", "penalty": 
 def draws(result: Result | StudyResult, metric: str) -> bool:
     """Return whether `metric` is a family of columns (`load.0.3`, ...) or the Lagrangian with its terms."""
     columns = result.runs[0].metrics.columns
-    if metric == "lagrangian":
-        return "benefit" in columns
+    if metric in ("lagrangian", "regret"):
+        return {"lagrangian": "benefit", "regret": "regret"}[metric] in columns
     return metric not in columns and any(c.startswith(f"{metric}.") for c in columns)
 
 
@@ -47,6 +47,8 @@ def draw(result: Result | StudyResult, metric: str, out: Path | None) -> list[Pa
                 shown = _heat(axis, run.metrics)
             elif metric == "lagrangian":
                 _terms(axis, run.metrics)
+            elif metric == "regret":
+                _regret(axis, [r for r in result.runs if r.variant == name])
             else:
                 _lines(axis, run.metrics, metric)
         for axis in list(axes.flat)[len(groups) :]:
@@ -55,7 +57,7 @@ def draw(result: Result | StudyResult, metric: str, out: Path | None) -> list[Pa
             axis.set_xlabel("round")
         if shown is not None:
             figure.colorbar(shown, ax=axes, label="load / mean load", extend="max")
-        if metric == "lagrangian":
+        if metric in ("lagrangian", "regret"):
             figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         files = _save(figure, out or result.folder / "plots" / metric)
         plt.close(figure)
@@ -95,6 +97,33 @@ def _lines(axis: Axes, frame: pd.DataFrame, name: str) -> None:
         axis.plot(frame["round"], family[column], color=colours[place], linewidth=0.9)
     axis.set_ylabel(TITLES.get(name, name))
     axis.grid(True, alpha=0.25, linewidth=0.6)
+
+
+def _regret(axis: Axes, runs: list[Result]) -> None:
+    """Median and range over seeds, and the predicted growth from a tenth of the horizon on."""
+    steps = runs[0].metrics["round"].to_numpy(float) + 1
+    values = np.array([run.metrics["regret"].to_numpy(float) for run in runs])
+    middle = np.median(values, axis=0)
+    axis.plot(steps, middle, color=COLOURS[0], label="measured (median, range over seeds)")
+    if len(runs) > 1:
+        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=COLOURS[0], alpha=0.18, linewidth=0)
+    law = next((c for c in runs[0].constants if c["name"] == "regret"), None)
+    if law:
+        first = len(steps) // 10
+        axis.plot(
+            steps[first:], predicted(law, steps[first:], middle[first]), "--", color=COLOURS[1], label="predicted"
+        )
+    axis.set_xscale("log")
+    axis.grid(True, alpha=0.25, linewidth=0.6)
+
+
+def predicted(law: dict[str, Any], steps: np.ndarray, start: float) -> np.ndarray:
+    """Return the growth that `check` prints (`predicted growth per ln N`, ...), from `start` at the first step."""
+    shape = law["formula"].removeprefix("predicted growth per ")
+    if shape == "N^power":
+        return start * (steps / steps[0]) ** law["value"]
+    grown = {"ln N": np.log, "sqrt N": np.sqrt, "N": np.asarray}[shape](steps)
+    return start + law["value"] * (grown - grown[0])
 
 
 def _terms(axis: Axes, frame: pd.DataFrame) -> None:

@@ -79,7 +79,9 @@ def plot(
         for axis, cost in zip(axes[0], costs, strict=True):
             _panel(axis, result, metric, cost, theory)
         axes[0][0].set_ylabel(TITLES.get(metric, metric))
-        figure.legend(*_legend(axes[0]), loc="outside upper center", ncols=3, frameon=False)
+        handles, labels = _legend(axes[0])
+        wide = int(figure.get_figwidth() / (0.5 + 0.075 * max(map(len, labels))))
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, max(1, wide)), frameon=False)
         saved = what_was_saved(result, metric, costs[0], goal)
         if saved:
             figure.supxlabel(saved, fontsize=8.5)
