@@ -42,6 +42,14 @@ KINDS: dict[str, dict[str, Entry]] = {
         "allreduce_sgd": Entry(f"{_A}.sgd:AllReduceSGD", "proximal SGD on the mean gradient of all (rounds)"),
         "choco_sgd": Entry(f"{_A}.cdproxsgt:ChocoSGD", "SGD with compressed averaging (rounds)"),
         "beer": Entry(f"{_A}.cdproxsgt:BEER", "gradient tracking with compressed messages (rounds)"),
+        "fzoos": Entry(f"{_A}.fzoos:FZooS", "black boxes by Gaussian-process gradient surrogates (rounds)"),
+        "fedzo": Entry(f"{_A}.federated:FedZO", "federated averaging on finite differences (rounds)"),
+        "fedprox_zo": Entry(f"{_A}.federated:FedProxZO", "fedzo with a proximal pull to the server (rounds)"),
+        "scaffold_zo": Entry(f"{_A}.federated:ScaffoldZO", "fedzo with control variates, options 1 and 2 (rounds)"),
+        "fd_sgd": Entry(f"{_A}.federated:FiniteDifferenceSGD", "SGD on the mean finite difference (rounds)"),
+        "fedavg": Entry(f"{_A}.federated:FedAvg", "federated averaging on gradients (rounds)"),
+        "fedprox": Entry(f"{_A}.federated:FedProx", "fedavg with a proximal pull to the server (rounds)"),
+        "scaffold": Entry(f"{_A}.federated:Scaffold", "fedavg with control variates (rounds)"),
         "moe_training": Entry(f"{_A}.moe_training:MoETraining", "experts spread over hosts, AdamW (rounds)"),
         "router_replay": Entry(f"{_A}.router_replay:RouterReplay", "balancing rules on router scores (rounds)"),
     },
@@ -55,6 +63,12 @@ KINDS: dict[str, dict[str, Entry]] = {
         ),
         "consensus": Entry(f"{_P}.parameters:ConsensusParameters", "averaging: ||x - b_i||^2 / 2"),
         "module": Entry(f"{_P}.parameters:ModuleParameters", "a torch.nn.Module with a loss"),
+        "synthetic_quadratic": Entry(
+            f"{_P}.functions:SyntheticQuadraticParameters", "black boxes: quadratics with heterogeneity C"
+        ),
+        "test_function": Entry(
+            f"{_P}.functions:TestFunctionParameters", "black boxes: Rosenbrock, Ackley, Levy, Rastrigin"
+        ),
         "byte_language": Entry(
             f"{_P}.byte_language:ByteLanguageParameters", "bytes, a small transformer with mixtures of experts"
         ),

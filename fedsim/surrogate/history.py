@@ -19,6 +19,7 @@ class History:
 
     Attributes:
         kernel: of the surrogate; set it before the first gradient. raised: how often the noise had to grow tenfold.
+        spread: range of the values in the window of the last gradient.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class History:
         self.raised = 0
         self._window, self._noise, self._level = window, noise, noise_level
         self._posterior: Posterior | None = None
-        self._chosen, self._spread = torch.empty(0, dtype=torch.int64), 0.0
+        self._chosen, self.spread = torch.empty(0, dtype=torch.int64), 0.0
 
     def add(self, points: torch.Tensor, values: torch.Tensor) -> None:
         """Append queries `[k, dim]` and their answers `[k]`."""
@@ -104,12 +105,12 @@ class History:
         old, level, known = self._chosen, self._level, 0
         if self._posterior is not None and self._posterior.kernel == self.kernel:
             grew = len(chosen) >= len(old) and torch.equal(chosen[: len(old)], old)
-            known = len(old) if grew and (level == 0.0 or spread == self._spread) else 0
+            known = len(old) if grew and (level == 0.0 or spread == self.spread) else 0
         if self._posterior is None or not known:
             self._posterior = Posterior(self.kernel, self._noise + (level / spread) ** 2)
         before = self._posterior.raised
         points = self.points[: self.count] if len(chosen) == self.count else self.points[chosen]
         self._posterior.condition(points, x, known)
         self.raised += self._posterior.raised - before
-        self._chosen, self._spread = chosen, spread
+        self._chosen, self.spread = chosen, spread
         return self._posterior
