@@ -15,6 +15,7 @@ from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
 
 if TYPE_CHECKING:
     from fedsim.problems.data.table import Data
+    from fedsim.problems.dense import DenseRecords, OutputGradient
 
 _reals, _ints = types.Array(types.float64, 1, "C"), types.Array(types.int64, 1, "C")
 _rows, _drawn = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
@@ -47,6 +48,7 @@ class Address:
 
     def __init__(self, function: Any, signature: Any) -> None:
         self._numba_type_ = types.FunctionType(signature)
+        self._numba_type_.is_precise = lambda: True  # it is; numba would ask every argument's type at every call
         self._address = CompileResultWAP(function.get_compile_result(signature)).__wrapper_address__()
 
     def __wrapper_address__(self) -> int:
@@ -146,6 +148,20 @@ class RecordsProblem(CompiledProblem):
     def record_weights(self) -> NDArray[np.float64]:
         """Return each record's share in `(1/n) sum_i f_i`, `[N]`."""
         return np.repeat(self.scale / (self.n * self.records), self.records)
+
+    def dense(self, outputs: int, output_gradient: OutputGradient, labels: NDArray[Any]) -> DenseRecords:
+        """Return per-record gradients as those of one linear layer without bias."""
+        from fedsim.problems.dense import DenseRecords, Layer
+
+        features, targets = torch.from_numpy(self.features), torch.from_numpy(np.ascontiguousarray(labels))
+
+        def records(node: int, chosen: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+            if len(chosen) == self.records[node]:
+                return features[self.of(node)], targets[self.of(node)]
+            places = torch.from_numpy(self.offsets[node] + chosen)
+            return features[places], targets[places]
+
+        return DenseRecords([Layer(features.shape[1], outputs, bias=False)], "none", output_gradient, records)
 
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes and the partition's table."""
