@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fedsim.topology.topology import Topology
 
 TILE = 1024  # columns of one pass: the sum of a row stays in the first-level cache
+CACHE, LARGE = 3 << 18, 1 << 24  # bytes that the second-level cache keeps, and that no cache keeps for long
+NARROW = 64  # columns below which passes over all rows cost more than they save
 
 
 @intrinsic
@@ -29,6 +31,21 @@ def _pointer(_context: Any, _address: Any, like: Any = None) -> Any:
     return target(types.int64, like), code
 
 
+@intrinsic
+def _fetch(_context: Any, _address: Any) -> Any:
+    """Ask for the line of memory at an address, without waiting for it."""
+    from llvmlite import ir
+
+    def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+        builder.call(prefetch, [builder.inttoptr(args[0], place), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
 # Rows are bare pointers, in one function: counting references to arrays would cost more than the sum of a short row.
 
 
@@ -37,13 +54,21 @@ def mix_rows(first, offsets, columns, weights, addresses, out):  # pragma: no co
     """Write rows `first..first + len(out)` of `W v` to `out [count, dim]`.
 
     `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins.
-    Five neighbours are taken at once where there are as many (a torus, a 4-regular graph), then four, then one.
+    Large values are taken by columns, as many as a cache holds of all rows: each number is then fetched from memory
+    once, not once per neighbour. Five neighbours are taken at once where there are as many (a torus, a 4-regular
+    graph), then four, then one.
     """
     dim, size, written = out.shape[1], out.itemsize, out.ctypes.data
-    for row in range(out.shape[0]):
-        begin, end = offsets[first + row], offsets[first + row + 1]
-        for start in range(0, dim, TILE):
-            p, n, shift = begin, min(TILE, dim - start), start * size
+    tile = CACHE // (len(addresses) * size) // 32 * 32
+    ahead = tile >= NARROW and len(addresses) * dim * size > LARGE  # fetch the next columns while these are summed
+    tile = tile if ahead else TILE
+    for start in range(0, dim, tile):
+        n, shift = min(tile, dim - start), start * size
+        following = min(tile, dim - start - n) * size if ahead else 0
+        for row in range(out.shape[0]):
+            for line in range(0, following, 64):
+                _fetch(addresses[first + row] + shift + n * size + line)
+            p, end = offsets[first + row], offsets[first + row + 1]
             total = _pointer(written + row * dim * size + shift, out)
             if p + 5 <= end:
                 a, b = _pointer(addresses[columns[p]] + shift, out), _pointer(addresses[columns[p + 1]] + shift, out)

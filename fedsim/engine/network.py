@@ -68,14 +68,12 @@ class LocalNetwork:
         values = [dense(r.v).contiguous() for r in requests]
         self._charge_edges(requests, values)
         far = self._bring(requests, values)
-        addresses, answers = self._addresses(values), []
+        addresses = self._addresses(values)
         if far is not None:
             addresses = np.concatenate([addresses, addresses_of(far)])
-        for rows, v in zip(self._blocks, values, strict=True):
-            out = np.empty_like(v.numpy(force=True))
-            mix_rows(rows.start, offsets, columns, weights, addresses, out)
-            answers.append(torch.from_numpy(out))
-        return answers
+        out = torch.empty((self._layout.rows, *values[0].shape[1:]), dtype=values[0].dtype)
+        mix_rows(0, offsets, columns, weights, addresses, out.numpy())
+        return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
 
     def _bring(self, requests: list[Any], values: list[torch.Tensor]) -> NDArray | None:
         if isinstance(requests[0].v, torch.Tensor):
