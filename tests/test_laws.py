@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedsim import registry, testing
 from fedsim.algorithms.algorithm import EventAlgorithm, Sampling, SyncAlgorithm
+from fedsim.algorithms.optimisers import SGD
 from fedsim.algorithms.requests import Gather, Mean, Mix, Rows, Sum
 from fedsim.engine.layout import Layout
 from fedsim.engine.rounds import Rounds
@@ -38,6 +39,8 @@ PROBLEMS = {
     "quadratic": {"kind": "quadratic", "dim": 7},
     "diagonal quadratic": {"kind": "quadratic", "dim": 7, "shape": "diagonal"},
     "consensus": {"kind": "consensus", "dim": 3},
+    "synthetic_quadratic": {"kind": "synthetic_quadratic", "dim": 4},
+    **{f: {"kind": "test_function", "function": f, "dim": 5} for f in ("rosenbrock", "ackley", "levy", "rastrigin")},
     "network of classes": {"kind": "module", "model": "mlp", "hidden": [6], "data": CLASSES, "partition": SIZES},
     "network of numbers": {"kind": "module", "model": "mlp", "hidden": [5, 3], "data": NUMBERS, "partition": SIZES},
 }
@@ -46,6 +49,9 @@ STEPS = ("dproxsgt", "cdproxsgt", "gradient_tracking", "prox_gt_sa", "deepstorm"
 PARAMETERS: dict[str, dict] = {
     "gossip_sgd": {"step": 0.01},
     "a2cid2": {"step": 0.01},
+    "fd_sgd": {"step": 0.01},
+    "fzoos": {"features": 40, "local_steps": 3, "candidates": 9, "server_candidates": 9, "server_active": 5},
+    **{kind: {"optimiser": SGD("sgd", 0.05), "local_steps": 3} for kind in ("fedavg", "fedprox", "scaffold")},
     **{kind: {"eta": 0.01} for kind in (*STEPS, "choco_sgd", "beer")},
 }
 # What an algorithm is played on where it is not made for every problem.

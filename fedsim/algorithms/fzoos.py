@@ -86,8 +86,8 @@ class FZooS(Federated):
             covariance), or random.
         participants, weights, clip, safeguard, repeat_query: as in fedzo.
         preset: reference_code sets what was left at its default to what the authors' code does: Matern-5/2 with a
-            length scale fitted at each call, features of an SE kernel of length scale 1 without noise, random selection,
-            no clipping, safeguard, x asked again when a round starts.
+            length scale fitted at each call, features of an SE kernel of length scale 1 without noise, random
+            selection, no clipping, safeguard, x asked again when a round starts.
 
     Queries per client: `initial + 1` once, then `T + active (T - 1) + 1 + server_active` per round (6 T + 46). Numbers
     up and down per client and round: dim + M (and 16 with `length_scale: fit`), in two exchanges. A client that missed

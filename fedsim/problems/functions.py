@@ -55,7 +55,7 @@ class SyntheticQuadratic(BlackBox):
 
     def __init__(self, n: int, dim: int, heterogeneity: float, noise: float, seed: int) -> None:
         super().__init__(n, dim, noise)
-        rng = np.random.RandomState(seed % 2**32)  # noqa: NPY002 - the authors' draws
+        rng = np.random.RandomState(seed % 2**32)  # the authors' draws
         a, b = (rng.dirichlet(np.full(n, 1.0 / n), size=dim).T for _ in range(2))
         self._start = torch.from_numpy(rng.uniform(0.0, 1.0, dim))
         self._square, self._linear = (torch.from_numpy(1.0 + heterogeneity * (c - 1.0 / n)) for c in (a, b))
