@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any, cast
+
+RTOL: Any = 1e-14
 
 
 def delta_of(epsilon: float, mu: float) -> float:
@@ -35,7 +38,7 @@ def epsilon_of(mu: float, delta: float) -> float:
     top = 1.0
     while delta_of(top, mu) > delta:
         top *= 2
-    return float(brentq(lambda e: delta_of(e, mu) - delta, 0.0, top, xtol=1e-300, rtol=1e-14, maxiter=500))
+    return cast(float, brentq(lambda e: delta_of(e, mu) - delta, 0.0, top, xtol=1e-300, rtol=RTOL, maxiter=500))
 
 
 @lru_cache(maxsize=256)
@@ -46,4 +49,4 @@ def mu_of(epsilon: float, delta: float) -> float:
     low, high = 1e-12, 1.0
     while delta_of(epsilon, high) < delta:
         high *= 2
-    return float(brentq(lambda mu: delta_of(epsilon, mu) - delta, low, high, xtol=1e-300, rtol=1e-14, maxiter=500))
+    return cast(float, brentq(lambda mu: delta_of(epsilon, mu) - delta, low, high, xtol=1e-300, rtol=RTOL, maxiter=500))

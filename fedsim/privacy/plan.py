@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 from fedsim.errors import InputError, did_you_mean
 from fedsim.privacy.gaussian import mu_of
@@ -54,7 +55,9 @@ def _given(values: dict[str, float], names: list[str]) -> dict[str, float]:
     for name in values:
         if name not in names:
             hint = did_you_mean(name, names)
-            raise InputError(f"privacy.multipliers.{name}: no such release{hint}; this algorithm has {', '.join(names)}")
+            raise InputError(
+                f"privacy.multipliers.{name}: no such release{hint}; this algorithm has {', '.join(names)}"
+            )
     missing = [name for name in names if name not in values]
     if missing:
         raise InputError(f"privacy.multipliers: {', '.join(missing)} missing; every kind of release needs noise")
@@ -62,7 +65,9 @@ def _given(values: dict[str, float], names: list[str]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=64)
-def _calibrated(epsilon: float, delta: float, relation: str, plan: tuple[Planned, ...]) -> tuple[tuple[str, float], ...]:
+def _calibrated(
+    epsilon: float, delta: float, relation: str, plan: tuple[Planned, ...]
+) -> tuple[tuple[str, float], ...]:
     """Return z by name: `sqrt(count / share) / mu*`, and with sampling the same first guess scaled to fit exactly."""
     mu = mu_of(epsilon, delta)
     whole = sum(kind.share for kind in plan)
@@ -93,7 +98,7 @@ def _fitting(epsilon: float, delta: float, relation: str, plan: tuple[Planned, .
         low -= 0.5
     while excess(high) > 0:
         high += 0.5
-    root = float(brentq(excess, low, high, xtol=1e-5))
+    root = cast(float, brentq(excess, low, high, xtol=1e-5))
     return math.exp(root + 1e-5 if excess(root) > 0 else root)
 
 

@@ -107,7 +107,7 @@ def _module(p: ModuleParameters, data: Data, parts: list[np.ndarray], seed: int,
     own_seed = seed if p.seed is None else p.seed
     features = data.features.shape[1]
     if p.model == "mlp":
-        model = mlp(features, outputs, list(p.hidden), own_seed)
+        model = mlp(features, outputs, list(p.hidden), own_seed, p.activation, p.initial)
     else:
         import torch
 

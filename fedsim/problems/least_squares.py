@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numba import njit
@@ -10,6 +12,9 @@ from fedsim.errors import InputError, Unsupported
 from fedsim.problems.compiled import GRADIENT, LOSS, RecordsProblem, dot, finish, place
 from fedsim.problems.data.table import Data
 from fedsim.problems.problem import Nodes
+
+if TYPE_CHECKING:
+    from fedsim.problems.dense import DenseRecords
 
 
 @njit(GRADIENT, cache=True)
@@ -62,6 +67,12 @@ class LeastSquares(RecordsProblem):
         largest, least = self.scale * (2 * high + l2), self.scale * (2 * low + l2)
         self.L, self.mu = largest, np.where(least > 1e-12 * largest, least, 0.0)
         self._inverse: dict[int, np.ndarray] = {}
+
+    def per_record(self) -> DenseRecords:
+        """Return per-record gradients: one output."""
+        from fedsim.problems.dense import square_slope
+
+        return self.dense(1, square_slope, self.labels)
 
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by QR of the weighted records, or None where it is not unique."""

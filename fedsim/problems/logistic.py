@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from fedsim.errors import InputError
 from fedsim.problems.compiled import GRADIENT, LOSS, RecordsProblem, dot, finish, place
 from fedsim.problems.data.table import Data
 from fedsim.problems.newton import minimise
+
+if TYPE_CHECKING:
+    from fedsim.problems.dense import DenseRecords
 
 
 @njit(GRADIENT, cache=True)
@@ -62,6 +66,12 @@ class Logistic(RecordsProblem):
         self.L = self.scale * (self.spectra()[:, 1] / 4 + l2)
         self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
+
+    def per_record(self) -> DenseRecords:
+        """Return per-record gradients: one output."""
+        from fedsim.problems.dense import logistic_slope
+
+        return self.dense(1, logistic_slope, self.labels)
 
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by Newton's method, or None without l2 (it may not exist)."""
@@ -148,6 +158,12 @@ class Multinomial(RecordsProblem):
         self.L = self.scale * (self.spectra()[:, 1] / 2 + l2)
         self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
+
+    def per_record(self) -> DenseRecords:
+        """Return per-record gradients: one output per class."""
+        from fedsim.problems.dense import cross_entropy_slope
+
+        return self.dense(self.classes, cross_entropy_slope, self.labels.astype(np.int64))
 
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by Newton's method with conjugate gradients, or None without l2."""

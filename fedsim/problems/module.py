@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 from fedsim.errors import InputError
 from fedsim.problems.data.table import Data
+from fedsim.problems.dense import SLOPES, Activation, DenseRecords, Layer, softplus
+from fedsim.problems.per_record import ModuleRecords, record_loss
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 
 
@@ -45,10 +48,11 @@ class ModuleProblem(Problem):
         self.dim = len(self.initial)
         self.records = np.array([len(part) for part in parts], dtype=np.int64)
         total = int(self.records.sum())
-        self._scale = torch.from_numpy(self.records * (self.n / total) if weights == "samples" else np.ones(self.n))
+        self.scale = self.records * (self.n / total) if weights == "samples" else np.ones(self.n)
+        self._scale = torch.from_numpy(self.scale)
         self._features, self._labels = _padded(data, parts, loss)
         self._full = _full_weights(self.records)
-        self._per_record = PER_RECORD[loss]
+        self._loss, self._per_record = loss, PER_RECORD[loss]
         self._gradient = vmap(grad(self._weighted), in_dims=(0, 0, 0, 0), randomness="error")
         self._losses = vmap(self._weighted, in_dims=(0, 0, 0, 0), randomness="error")
 
@@ -74,8 +78,26 @@ class ModuleProblem(Problem):
         return self.initial.expand(len(nodes), -1).clone()
 
     def metrics(self) -> dict[str, Callable[[torch.Tensor], float]]:
-        """Return the accuracy of the mean model on all training records, for classes."""
-        return {"accuracy": self._accuracy} if self._per_record is _cross_entropy else {}
+        """Return the accuracy of the mean model on all training records, for classes; both on the held-out ones."""
+        data = {"": self.data} | ({} if self.data.held_out is None else {"test_": self.data.held_out})
+        found = {"test_loss": self._test_loss} if self.data.held_out is not None else {}
+        if self._per_record is _cross_entropy:
+            found |= {f"{name}accuracy": partial(self._accuracy, part) for name, part in data.items()}
+        return found
+
+    def per_record(self) -> DenseRecords | ModuleRecords:
+        """Return per-record gradients: in factors for stacks of linear layers, else by `vmap`."""
+        stack = _stack(self._model)
+        if stack is not None:
+            return DenseRecords(*stack, SLOPES[self._loss], self._records_of)
+        loss = record_loss(self._model, self._named, self._per_record)
+        return ModuleRecords(self._features, self._labels, loss, self._sizes)
+
+    def _records_of(self, node: int, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(chosen) == self.records[node]:
+            return self._features[node, : len(chosen)], self._labels[node, : len(chosen)]
+        places = torch.from_numpy(chosen)
+        return self._features[node, places], self._labels[node, places]
 
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes and the partition's table."""
@@ -89,10 +111,17 @@ class ModuleProblem(Problem):
             "partition": {"header": list(table.header), "counts": np.asarray(table.counts).tolist()},
         }
 
-    def _accuracy(self, x: torch.Tensor) -> float:
+    def _output(self, x: torch.Tensor, data: Data) -> torch.Tensor:
         with torch.no_grad():
-            output = functional_call(self._model, self._named(x[0]), (torch.from_numpy(self.data.features),))
-        return float((output.argmax(dim=1).numpy() == self.data.labels).mean())
+            return functional_call(self._model, self._named(x[0]), (torch.from_numpy(data.features),))
+
+    def _accuracy(self, data: Data, x: torch.Tensor) -> float:
+        return float((self._output(x, data).argmax(dim=1).numpy() == data.labels).mean())
+
+    def _test_loss(self, x: torch.Tensor) -> float:
+        assert self.data.held_out is not None
+        labels = torch.from_numpy(self.data.held_out.labels)
+        return float(self._per_record(self._output(x, self.data.held_out), labels).mean())
 
     def _inputs(self, nodes: Nodes, batch: Minibatch | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.from_numpy(np.asarray(nodes))
@@ -112,14 +141,27 @@ class ModuleProblem(Problem):
         return (weights * self._per_record(output, b)).sum()
 
 
-def mlp(features: int, outputs: int, hidden: list[int], seed: int) -> torch.nn.Module:
-    """Return linear layers with tanh between them, initialised from `seed` alone (global state is not touched)."""
+class Softplus(torch.nn.Module):
+    """`log(1 + exp(z))`; torch's own may change its last bit with the number of rows."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Return the values, elementwise."""
+        return softplus(z)
+
+
+LAYERS: dict[str, type[torch.nn.Module]] = {"tanh": torch.nn.Tanh, "softplus": Softplus}
+
+
+def mlp(
+    features: int, outputs: int, hidden: list[int], seed: int, activation: str = "tanh", initial: str = "normal"
+) -> torch.nn.Module:
+    """Return linear layers with an activation between, initialised from `seed` alone (global state is not touched)."""
     widths = [features, *hidden, outputs]
     layers: list[torch.nn.Module] = []
     for inner, outer in pairwise(widths):
-        layers += [torch.nn.Linear(inner, outer, device="meta", dtype=torch.float64), torch.nn.Tanh()]
+        layers += [torch.nn.Linear(inner, outer, device="meta", dtype=torch.float64), LAYERS[activation]()]
     model = torch.nn.Sequential(*layers[:-1]).to_empty(device="cpu")
-    initialise(model, seed)
+    initialise(model, seed) if initial == "normal" else _initialise_uniform(model, seed)
     return model
 
 
@@ -130,6 +172,32 @@ def initialise(model: torch.nn.Module, seed: int) -> None:
         for p in model.parameters():
             scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.0
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
+
+
+def _initialise_uniform(model: torch.nn.Module, seed: int) -> None:
+    """Draw the weights and biases of linear layers from the uniform law on `+- 1/sqrt(inputs)`, torch's default."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                for p in (layer.weight, layer.bias):
+                    draw = torch.rand(p.shape, generator=generator, dtype=p.dtype)
+                    p.copy_((2 * draw - 1) * layer.in_features**-0.5)
+
+
+def _stack(model: torch.nn.Module) -> tuple[list[Layer], Activation] | None:
+    """Return layers and activation of a stack of linear layers with one and the same activation between, or None."""
+    if not isinstance(model, torch.nn.Sequential):
+        return None
+    linear, between = list(model)[::2], list(model)[1::2]
+    kinds = {type(layer) for layer in between}
+    names: dict[type, Activation] = {torch.nn.Tanh: "tanh", Softplus: "softplus"}
+    if len(kinds) > 1 or not kinds <= set(names) or len(linear) != len(between) + 1:
+        return None
+    if not all(type(layer) is torch.nn.Linear for layer in linear):
+        return None
+    layers = [Layer(m.in_features, m.out_features, m.bias is not None) for m in linear]  # type: ignore[union-attr]
+    return layers, names[kinds.pop()] if kinds else "none"
 
 
 def _cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

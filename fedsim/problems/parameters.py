@@ -94,9 +94,10 @@ class ModuleParameters:
     """A `torch.nn.Module` with a loss; every node holds its own copy of the parameters.
 
     Attributes:
-        model: mlp (hidden tanh layers), or your own `package.module:Class` / `file.py:Class`, called with
+        model: mlp (hidden layers), or your own `package.module:Class` / `file.py:Class`, called with
             (features, outputs).
-        hidden: widths of the mlp's hidden layers.
+        hidden: widths of the mlp's hidden layers. activation: between its layers.
+        initial: its first weights: normal (variance 1/inputs, biases 0) or uniform (on +-1/sqrt(inputs), biases too).
         loss: cross_entropy for classes, mean_square for numbers; follows from the data.
         l2: `(l2/2) ||x||^2` on every node.
         seed: of the initial parameters, which `start: {kind: problem}` starts from.
@@ -105,6 +106,8 @@ class ModuleParameters:
     needs_data: ClassVar[bool] = True
     model: str = "mlp"
     hidden: list[Count] = field(default_factory=lambda: [16])
+    activation: Literal["tanh", "softplus"] = "tanh"
+    initial: Literal["normal", "uniform"] = "normal"
     loss: Literal["cross_entropy", "mean_square"] | None = None
     l2: Weight = 0.0
     weights: Weights = "uniform"

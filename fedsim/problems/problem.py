@@ -15,6 +15,8 @@ from fedsim.errors import Unsupported
 if TYPE_CHECKING:
     import torch
 
+    from fedsim.problems.per_record import RecordGradients
+
 Nodes = NDArray[np.int64]
 
 
@@ -135,6 +137,20 @@ class Problem(ABC):
     def start(self, nodes: Nodes) -> torch.Tensor | None:
         """Return where the problem itself would start each row, `[rows, dim]`, or None: it does not say."""
         return None
+
+    def per_record(self) -> RecordGradients | None:
+        """Return gradients of single records (for clipping), or None: this problem cannot tell them apart."""
+        return None
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Weight of each node's mean loss in the objective, `[n]`: 1/n, or its share of the records."""
+        scale: NDArray[np.float64] = getattr(self, "scale", np.ones(self.n))
+        return scale / self.n
+
+    def regular_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the objective's part that no record enters: `l2 x` where there is an l2."""
+        return getattr(self, "l2", 0.0) * x
 
     def compiled(self, nodes: Nodes) -> CompiledObjective | None:
         """Return the compiled gradient over these nodes' data, or None: then events use `gradient` in batches."""

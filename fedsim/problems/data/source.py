@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fedsim.problems.data.table import Data, Normalise, normalised, with_bias
+from annotated_types import Ge, Lt
+
+from fedsim.problems.data.table import Data, Normalise, normalised, split_off, with_bias, with_target
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,16 @@ class Source(ABC):
     Attributes:
         normalise: none, columns (mean 0, deviation 1), rows (norm 1) or both (columns, then rows).
         bias: append a feature that is 1 in every record, after scaling.
+        held_out: share of the records that no node gets, for tests; scaling follows the others.
+        held_out_seed: which ones (scikit-learn's random_state).
+        target: max divides regression targets by the largest magnitude.
     """
 
     normalise: Normalise = "none"
     bias: bool = False
+    held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
+    held_out_seed: Annotated[int, Ge(0)] = 0
+    target: Literal["given", "max"] = "given"
 
     @abstractmethod
     def read(self, around: Surroundings) -> Data:
@@ -43,7 +51,12 @@ class Source(ABC):
 
     def load(self, around: Surroundings) -> Data:
         """Return the records as a problem uses them."""
-        data = normalised(self.read(around), self.normalise)
+        data = self.read(around)
+        if self.held_out:
+            data = split_off(data, self.held_out, self.held_out_seed)
+        data = normalised(data, self.normalise)
+        if self.target == "max":
+            data = with_target(data)
         return with_bias(data) if self.bias else data
 
     def facts(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Data:
         task: "regression", "binary" (two classes) or "multiclass".
         classes: names of the classes in the order of their numbers; empty for regression.
         feature_names: `d` names; a one-hot column is called `column=value`.
+        held_out: records that no node owns, scaled as the others, for tests.
     """
 
     features: NDArray[np.float64]
@@ -41,6 +42,7 @@ class Data:
     task: Task
     classes: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
+    held_out: Data | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -204,28 +206,64 @@ def _without_constant(data: Data, constant: Constant) -> Data:
     return replace(data, features=data.features[:, varies], feature_names=names)
 
 
+def split_off(data: Data, share: float, seed: int) -> Data:
+    """Return `data` without a random share of its records, which it then has as `held_out`.
+
+    The records are those that scikit-learn's `train_test_split(test_size=share, random_state=seed)` takes.
+    """
+    from sklearn.model_selection import train_test_split
+
+    kept, other = train_test_split(np.arange(len(data)), test_size=share, random_state=seed)
+    return replace(_part(data, np.asarray(kept)), held_out=_part(data, np.asarray(other)))
+
+
+def _part(data: Data, records: NDArray[np.int64]) -> Data:
+    columns = {name: values[records] for name, values in data.columns.items()}
+    return replace(data, features=data.features[records], labels=data.labels[records], columns=columns)
+
+
+def with_target(data: Data) -> Data:
+    """Return `data` with its targets divided by the largest magnitude among them.
+
+    Raises:
+        InputError: it has classes instead of targets.
+    """
+    if data.task != "regression":
+        raise InputError(f"data {data.name!r}: target: max divides numbers, and its labels are classes")
+    largest = np.abs(data.labels).max()
+    other = data.held_out
+    held_out = None if other is None else replace(other, labels=other.labels / largest)
+    return replace(data, labels=data.labels / largest, held_out=held_out)
+
+
 def normalised(data: Data, how: Normalise) -> Data:
-    """Return `data` with its features scaled.
+    """Return `data` with its features scaled, held-out ones by the same numbers.
 
     - `columns`: every column to mean 0 and standard deviation 1 (population; a constant pixel becomes 0);
     - `rows`: every record to Euclidean norm 1 (a record of zeros stays);
     - `both`: columns first, then rows; `none`: as they are.
     """
-    features = data.features
-    if how in ("columns", "both"):
-        varies = np.ptp(features, axis=0) > 0
-        centred = np.where(varies, features - features.mean(axis=0), 0.0)
-        features = centred / np.where(varies, features.std(axis=0), 1.0)
-    if how in ("rows", "both"):
-        norms = np.linalg.norm(features, axis=1, keepdims=True)
-        features = features / np.where(norms > 0, norms, 1.0)
-    return replace(data, features=features)
+    features, other = data.features, data.held_out
+    varies = np.ptp(features, axis=0) > 0
+    mean, deviation = features.mean(axis=0), np.where(varies, features.std(axis=0), 1.0)
+
+    def scaled(features: NDArray[np.float64]) -> NDArray[np.float64]:
+        if how in ("columns", "both"):
+            features = np.where(varies, features - mean, 0.0) / deviation
+        if how in ("rows", "both"):
+            norms = np.linalg.norm(features, axis=1, keepdims=True)
+            features = features / np.where(norms > 0, norms, 1.0)
+        return features
+
+    held_out = None if other is None else replace(other, features=scaled(other.features))
+    return replace(data, features=scaled(features), held_out=held_out)
 
 
 def with_bias(data: Data) -> Data:
     """Return `data` with a last feature `bias` that is 1 in every record (added after any scaling)."""
     features = np.hstack([data.features, np.ones((len(data), 1))])
-    return replace(data, features=features, feature_names=(*data.feature_names, "bias"))
+    held_out = None if data.held_out is None else with_bias(data.held_out)
+    return replace(data, features=features, feature_names=(*data.feature_names, "bias"), held_out=held_out)
 
 
 def _listed(names: Collection[str]) -> str:
