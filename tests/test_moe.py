@@ -391,7 +391,7 @@ def test_regret_grows_as_predicted():
 
 def test_predictions_have_the_closed_forms():
     """The growth laws at E = 2 are those of the closed form; too small a step is polynomial."""
-    bend = theory.Curvature(2.0, 2.0, np.array([2.0]), np.array([0.5]))  # a = 1/2: eigenvalue 1/a
+    bend = theory.Curvature(2.0, 2.0, np.array([2.0]), np.array([0.5]), np.eye(2))  # a = 1/2: eigenvalue 1/a
     law = lambda *given: theory.predicted_regret(*given, 64, 1, bend)
     assert law("prop", "inv_n", 0.5, "fraction").rate == pytest.approx(0.125)
     assert law("prop", "inv_n", 1.0, "fraction").rate == pytest.approx(1 / 6)

@@ -200,6 +200,8 @@ def test_check_prints_floor_curvature_and_growth(tmp_path):
     assert constants["maxvio_floor"] == pytest.approx(0.1165, abs=1e-4)
     assert constants["prop_limit"] == pytest.approx(0.25, rel=0.15)
     assert constants["regret"] > 0
+    (fast,) = check({**scenario, "algorithm": {"kind": "router_replay", "bias_rule": "prop", "bias_update_rate": 0.4}})
+    assert any("u = 0.4 is above it: loads will swing" in c["formula"] for c in fast["constants"])
 
 
 @pytest.mark.parametrize(

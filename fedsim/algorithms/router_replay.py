@@ -78,7 +78,7 @@ class RouterReplay(Balancing, SyncAlgorithm):
         capacity_factor, drop_policy: keep the highest scores (probs) or the first come (position).
         oracle: exact optimum of one batch that is played again and again (auto), of every batch (each), or none.
         regret: also route with the best fixed bias and record the regret, the sum of D(p; batch) - D(p*; batch).
-        comparator: p* by layer and expert (default: the exact dual prices of a sample of the stream's law).
+        comparator: p* by layer and expert (default: what balances a large sample of the stream's law).
 
     Reference: Wang, Gao, Zhao, Sun & Dai, *Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts*, arXiv
     2408.15664, Algorithm 1; Han & Zhong, *A Theoretical Framework for Auxiliary-Loss-Free Load Balancing of Sparse
@@ -130,10 +130,11 @@ class RouterReplay(Balancing, SyncAlgorithm):
         prices = exact_assignment(sample, s.top_k).prices
         bend = theory.curvature(sample, prices, s.top_k)
         limit = rules.stable_rate(s.top_k, s.experts, bend.largest, self.bias_delay)
+        warning = f"; u = {self.bias_update_rate:g} is above it: loads will swing" if self._swings(limit) else ""
         found += [
             Constant("lambda_2", bend.smallest, "smallest positive eigenvalue of the tie-density Laplacian (estimate)"),
             Constant("lambda_max", bend.largest, "its largest eigenvalue (estimate)"),
-            Constant("prop_limit", limit, "relative rates u below 2 sin(pi/(2(2d+1))) K/(E lambda_max) are stable"),
+            Constant("prop_limit", limit, "relative u below 2 sin(pi/(2(2d+1))) K/(E lambda_max) is stable" + warning),
             Constant("spread", float(np.ptp(prices)), "range of the optimal biases; sign needs u >= spread/steps"),
         ]
         growth = None
@@ -221,6 +222,11 @@ class RouterReplay(Balancing, SyncAlgorithm):
         additive = self.bias_rule in ("none", "sign", "prop", "tanh", "qb")
         return additive and self.bias_sync == "global" and not self._problem.limited_groups
 
+    def _swings(self, limit: float) -> bool:
+        unit = {"relative": 1.0, "fraction": self._problem.top_k / self._problem.experts, "tokens": 0.0}
+        constant = self.bias_rule == "prop" and self.bias_schedule == "const" and self.error_unit != "tokens"
+        return constant and self.bias_update_rate > limit * unit[self.error_unit]
+
     def _comparator(self) -> NDArray[np.float64]:
         s = self._problem
         if self.comparator is not None:
@@ -228,7 +234,7 @@ class RouterReplay(Balancing, SyncAlgorithm):
             if given.shape != (s.layers, s.experts):
                 raise InputError(f"algorithm.comparator: {given.shape} given, {(s.layers, s.experts)} needed")
             return given
-        return np.stack([exact_assignment(part, s.top_k).prices for part in s.sample(32768)])
+        return s.best_fixed
 
     def _optimum(self, batch: Batch) -> torch.Tensor:
         wanted = self.oracle == "each" or (self.oracle == "auto" and self._problem.stationary)

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.moe.oracle import exact_assignment
+from fedsim.moe.selection import select
+
 Floats = NDArray[np.float64]
 
 
@@ -67,12 +70,14 @@ class Curvature(NamedTuple):
     Attributes:
         smallest, largest: nonzero eigenvalues `lambda_2`, `lambda_E` of Lap(h).
         eigenvalues: all nonzero ones, `[E - 1]`. variances: of the selection along their eigenvectors.
+        laplacian: `[E, E]`.
     """
 
     smallest: float
     largest: float
     eigenvalues: Floats
     variances: Floats
+    laplacian: Floats
 
 
 def curvature(scores: NDArray, bias: Floats, top_k: int, width: float | None = None) -> Curvature:
@@ -97,7 +102,23 @@ def curvature(scores: NDArray, bias: Floats, top_k: int, width: float | None = N
     chosen = np.zeros(values.shape)
     np.put_along_axis(chosen, order[:, :top_k], 1.0, axis=1)
     variances = (chosen @ vectors).var(axis=0)
-    return Curvature(float(eigenvalues[1]), float(eigenvalues[-1]), eigenvalues[1:], variances[1:])
+    return Curvature(float(eigenvalues[1]), float(eigenvalues[-1]), eigenvalues[1:], variances[1:], laplacian)
+
+
+def best_fixed(scores: NDArray, top_k: int, first: int = 32768, rounds: int = 8) -> Floats:
+    """Return the bias that balances many tokens `[T, E]` on average: Newton steps from the exact prices of the first.
+
+    The regret against it is off by about `E / (2 T)` times the tokens played, so T must exceed those by far.
+    """
+    bias = exact_assignment(scores[:first], top_k).prices
+    inverse = np.linalg.pinv(curvature(scores[:first], bias, top_k).laplacian, rcond=1e-6)
+    best, least = bias, math.inf
+    for _ in range(rounds):
+        excess = select(scores, bias, top_k).loads / len(scores) - top_k / scores.shape[1]
+        if np.abs(excess).max() < least:
+            best, least = bias, float(np.abs(excess).max())
+        bias = bias - inverse @ excess
+    return best - best.mean()
 
 
 class Growth(NamedTuple):

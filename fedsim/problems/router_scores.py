@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from fedsim.moe.streams import MOVING, ScoreFunc, Workload, offsets, recorded, t
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 
 Count = Annotated[int, Field(ge=1)]
+SAMPLED = 2**23  # scores from which the best fixed bias is found
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,13 @@ class RouterScores(Problem):
             return self.batch(0, generator(self._seed, "router scores")).scores
         parts = [self._drawn(0, generator(self._seed, "router sample", k)) for k in range(-(-tokens // self.tokens))]
         return np.concatenate([to_scores(part, self.p.score_func) for part in parts], axis=1)
+
+    @cached_property
+    def best_fixed(self) -> NDArray[np.float64]:
+        """The bias `[layers, E]` that balances a large sample of the stream."""
+        from fedsim.moe.theory import best_fixed
+
+        return np.stack([best_fixed(part, self.top_k) for part in self.sample(SAMPLED // (self.layers * self.experts))])
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Refuse: biases follow loads, not gradients."""
