@@ -69,6 +69,12 @@ KINDS: dict[str, dict[str, Entry]] = {
         "test_function": Entry(
             f"{_P}.functions:TestFunctionParameters", "black boxes: Rosenbrock, Ackley, Levy, Rastrigin"
         ),
+        "attack": Entry(f"{_P}.attack:AttackParameters", "black boxes: mislead the clients' classifiers by one image"),
+        "metric_optimisation": Entry(
+            f"{_P}.metric:MetricParameters", "black boxes: a model's weights for precision, recall, F1 or Jaccard"
+        ),
+        "function": Entry(f"{_P}.external:FunctionParameters", "black boxes: your own Python function"),
+        "command": Entry(f"{_P}.external:CommandParameters", "black boxes: your own command, such as a simulator"),
         "byte_language": Entry(
             f"{_P}.byte_language:ByteLanguageParameters", "bytes, a small transformer with mixtures of experts"
         ),

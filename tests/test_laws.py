@@ -40,7 +40,7 @@ PROBLEMS = {
     "diagonal quadratic": {"kind": "quadratic", "dim": 7, "shape": "diagonal"},
     "consensus": {"kind": "consensus", "dim": 3},
     "synthetic_quadratic": {"kind": "synthetic_quadratic", "dim": 4},
-    **{f: {"kind": "test_function", "function": f, "dim": 5} for f in ("rosenbrock", "ackley", "levy", "rastrigin")},
+    **{f: {"kind": "test_function", "function": f, "dim": 5} for f in ("rosenbrock", "levy", "rastrigin")},
     "network of classes": {"kind": "module", "model": "mlp", "hidden": [6], "data": CLASSES, "partition": SIZES},
     "network of numbers": {"kind": "module", "model": "mlp", "hidden": [5, 3], "data": NUMBERS, "partition": SIZES},
 }

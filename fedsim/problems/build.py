@@ -84,6 +84,8 @@ def _split(
 
 
 def _from_records(kind: str, p: Any, data: Data, parts: list[np.ndarray], seed: int, base: Path) -> Problem:
+    if hasattr(p, "from_records"):
+        return p.from_records(data, parts, seed)
     if isinstance(p, ModuleParameters):
         return _module(p, data, parts, seed, base)
     if isinstance(p, LogisticParameters):
