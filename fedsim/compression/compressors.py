@@ -150,12 +150,24 @@ class TopK(_Sparse):
         for size, k in self.kept(sizes):
             part = magnitude[:, begin : begin + size].contiguous()
             least = part.topk(k, dim=1, sorted=False).values.amin(dim=1)
-            parts.append(begin + _largest(part.numpy(), least.numpy(), k))
+            parts.append(begin + _places(part.numpy(), least.numpy(), k))
             begin += size
         places = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         index = torch.from_numpy(places)
         values = self.narrow(v.gather(1, index))
-        return SparsePacket(torch.zeros_like(v).scatter_(1, index, values.to(v.dtype)), values, places)
+        dense = magnitude.zero_().scatter_(1, index, values.to(v.dtype))  # in memory that is at hand
+        return SparsePacket(dense, values, places)
+
+
+def _places(magnitude: NDArray, least: NDArray, k: int) -> NDArray[np.int64]:
+    """Return the places `[rows, k]` of the k largest of each row, whose least is known, ascending."""
+    rows, dim = magnitude.shape
+    found = np.flatnonzero(magnitude >= least[:, None])
+    if len(found) == rows * k:
+        places = found.reshape(rows, k) - dim * np.arange(rows)[:, None]
+        if (places[:, 0] >= 0).all() and (places[:, -1] < dim).all():
+            return places
+    return _largest(magnitude, least, k)  # there are ties, or numbers that compare with nothing
 
 
 @njit(cache=True)
