@@ -30,7 +30,7 @@ class Scenario:
     """Everything that one run depends on, with defaults filled in; equal scenarios give equal results.
 
     Sections are dictionaries with the keys of the file. `data_seed` seeds graph, data and partition (the file's
-    seed, so that they stay the same over the seeds of a study). `variant` and `folder` name the run in its study,
+    seed, so that they stay the same over the seeds of a study; `each`: the run's own). `variant` and `folder` name the run in its study,
     `base` is the folder that relative files are looked up from. `live` lists sections given as objects instead.
     """
 
@@ -265,7 +265,7 @@ def _scenario(
     return Scenario(
         name=str(merged.get("name", name)),
         seed=seed,
-        data_seed=int(merged.get("data_seed", merged.get("seed", 0)) or 0),
+        data_seed=_data_seed(merged, seed, mistakes),
         sections=sections,
         base=base,
         claim=str(merged.get("claim", "")),
@@ -273,6 +273,17 @@ def _scenario(
         live=given,
         sources=_sources(sections, base),
     )
+
+
+def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: _Mistakes) -> int:
+    given = merged.get("data_seed", merged.get("seed", 0))
+    if given == "each":
+        return seed
+    if given is not None and (not _whole(given) or given < 0):
+        if "data_seed" in merged:
+            mistakes.add(("data_seed",), f"{given!r} given; a whole number of at least 0, or each, is needed")
+        return 0
+    return int(given or 0)
 
 
 def _plain(key: str, cls: type, values: Mapping[str, Any], mistakes: _Mistakes) -> dict[str, Any]:

@@ -27,7 +27,10 @@ def schema() -> dict[str, Any]:
         "name": {"type": "string", "description": "name of the study and of its folder"},
         "claim": {"type": "string", "description": "what the comparison shows"},
         "seed": {"type": "integer", "minimum": 0, "description": "seed of clocks, batches, start, noise"},
-        "data_seed": {"type": "integer", "minimum": 0, "description": "seed of graph, data, partition (default: seed)"},
+        "data_seed": {
+            "anyOf": [{"type": "integer", "minimum": 0}, {"const": "each"}],
+            "description": "seed of graph, data, partition (default: seed, for all runs of a study; each: the run's own)",
+        },
         "seeds": {"type": ["integer", "array"], "description": "number of seeds from `seed` on, or a list of seeds"},
         "topology": _topology(),
         "rates": _kinds(registry.RATES.split(), _rates_keys()),
