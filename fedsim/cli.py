@@ -28,7 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for p
 
 def main() -> None:
     """Run the command line: exit code 0 on success, 2 for a mistake in the input, 1 for a failed run."""
-    from fedsim.errors import FedsimError
+    from fedsim.errors import FedsimError, Stopped
 
     try:
         code = app(standalone_mode=False)
@@ -39,6 +39,11 @@ def main() -> None:
         if _leads():
             print(f"fedsim: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Stopped:
+        _leave_job(None)
+        if _leads():
+            print("fedsim: stopped after a checkpoint; `fedsim resume` goes on from it", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("fedsim: interrupted; what was observed until now is in the folder of the run", file=sys.stderr)
         sys.exit(1)

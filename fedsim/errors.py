@@ -34,3 +34,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Stopped(KeyboardInterrupt):
+    """All ranks stopped together after a checkpoint, because one was asked to (SIGTERM, Ctrl-C)."""

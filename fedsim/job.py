@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,18 +17,42 @@ from fedsim.transport.transport import Transport, as_bytes
 if TYPE_CHECKING:
     from fedsim.engine.counts import Counts
     from fedsim.engine.layout import Layout
+    from fedsim.watch import Watch
 
 _connected: Transport | None = None
+_watch: Watch | None = None
 
 
 def connected(wanted: str = "auto", timeout: float = 120.0) -> Transport:
     """Return this process's transport, connected once; a job keeps it to its end."""
-    global _connected
+    global _connected, _watch
     from fedsim.transport.detect import connect
 
     if _connected is None:
         _connected = connect(wanted, timeout)
+        if _connected.size > 1:
+            from fedsim.watch import Watch
+
+            _watch = Watch(_connected, timeout)
     return LocalTransport() if wanted == "local" else _connected
+
+
+@contextmanager
+def watched(timeout: float, on_failure: Callable[[str], None]) -> Iterator[None]:
+    """Have this job's ranks watched while they play: one that is gone, stopped or stuck ends all.
+
+    Args:
+        timeout: seconds without a sign of life or of progress.
+        on_failure: what rank 0 does first, given the message.
+    """
+    if _watch is None:
+        yield
+        return
+    _watch.begin(timeout, on_failure)
+    try:
+        yield
+    finally:
+        _watch.playing = False
 
 
 def leads() -> bool:
@@ -45,10 +70,15 @@ def end(error: BaseException | None) -> None:
     if _connected is None or _connected.size == 1 or isinstance(error, InputError):
         return
     if error is None:
+        if _watch is not None:
+            _watch.close()
         _connected.close()
-    else:
-        sys.stdout.flush()
-        _connected.abort(f"fedsim: rank {_connected.rank} of {_connected.size}: {type(error).__name__}: {error}")
+        return
+    sys.stdout.flush()
+    message = f"rank {_connected.rank} of {_connected.size}: {type(error).__name__}: {error}"
+    if _watch is not None:
+        _watch.fail(message)
+    _connected.abort(f"fedsim: {message}")
 
 
 def counts_of_all(counts: Counts, layout: Layout) -> dict[str, int]:

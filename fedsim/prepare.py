@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim import registry
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine.layout import Layout
-from fedsim import registry
 from fedsim.errors import InputError
 from fedsim.job import connected
 from fedsim.setting import RunSetting
@@ -78,9 +78,9 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     algorithm = live.algorithm or _algorithm(scenario)
     if problem.has_composite and not algorithm.proximal:
         have = [k for k in registry.KINDS["algorithm"] if registry.find("algorithm", k, scenario.base).proximal]
+        name = getattr(algorithm, "kind", type(algorithm).__name__)
         raise InputError(
-            f"problem.composite: {getattr(algorithm, 'kind', type(algorithm).__name__)} has no prox and would minimise f"
-            f" without r; these have: {', '.join(have)} (one's own says so by `proximal: ClassVar[bool] = True`)"
+            f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)} (one's own says so by `proximal: ClassVar[bool] = True`)"
         )
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(

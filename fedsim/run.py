@@ -14,13 +14,14 @@ import numpy as np
 
 from fedsim.digest import combined, digest, row_hashes
 from fedsim.engine.counts import Counts
-from fedsim.errors import Diverged, FedsimError, InputError
-from fedsim.job import arrays_of_rank_0, connected, counts_of_all, gathered, of_rank_0, own_part, rows_of_all
+from fedsim.errors import Diverged, FedsimError, InputError, Stopped
+from fedsim.job import arrays_of_rank_0, connected, counts_of_all, gathered, of_rank_0, own_part, rows_of_all, watched
 from fedsim.observe import Observer
 from fedsim.prepare import Live, folder_for, prepare
 from fedsim.results.folder import write_whole
 from fedsim.results.journal import Journal
 from fedsim.results.result import STUDY, Result, StudyResult, load
+from fedsim.stopping import Stopping, listening
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
@@ -156,8 +157,14 @@ def run_one(
     facts["status"] = "running"
     if journal:
         journal.begin(facts, done)
+
+    def lost(message: str) -> None:
+        if journal:
+            journal.note({**facts, "status": "failed", "error": message, "totals": player.counts.as_dict()})
+
     try:
-        facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress)
+        with watched(float(scenario.engine["timeout"]), lost):
+            facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress)
         facts["totals"] = counts_of_all(player.counts, layout)
         _write_queries(root, player, facts["totals"]["queries"], layout)
         facts["digest"] = _digest(prepared, player)
@@ -186,14 +193,33 @@ def _play(
     progress: Progress | None,
 ) -> str:
     """Play, observe and checkpoint to the end; return what ended the run. All ranks take the same decisions."""
-    s, layout = p.scenario, p.layout
+    with listening() as stopping:
+        return _play_on(p, player, observer, journal, done, wall, progress, stopping)
+
+
+def _play_on(
+    p: Prepared,
+    player: Player,
+    observer: Observer,
+    journal: Journal | None,
+    done: int,
+    wall: float,
+    progress: Progress | None,
+    stopping: Stopping,
+) -> str:
+    from fedsim.algorithms.algorithm import SyncAlgorithm
+
+    s, layout, rounds = p.scenario, p.layout, isinstance(p.algorithm, SyncAlgorithm)
     horizon = float(s.schedule["horizon"])
     every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
     next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
         clock = time.perf_counter()
-        player.advance(target)
+        stopped = stopping.advance(player, target, layout, whole=rounds)
         wall = of_rank_0(wall + time.perf_counter() - clock, layout)
+        if stopped:
+            _checkpoint(player, journal, wall, layout)
+            raise Stopped
         row = {
             **_clock(p, min(target, player.now)),
             **observer(player.outputs()),
@@ -210,11 +236,15 @@ def _play(
         if reason:
             return reason
         if target >= next_checkpoint:
-            whole = gathered(player.save(), player.row_names, layout)
-            if journal and whole is not None:
-                journal.checkpoint(whole, wall)
+            _checkpoint(player, journal, wall, layout)
             next_checkpoint = (math.floor(target / every) + 1) * every
     return "horizon"
+
+
+def _checkpoint(player: Player, journal: Journal | None, wall: float, layout: Layout) -> None:
+    whole = gathered(player.save(), player.row_names, layout)
+    if journal and whole is not None:
+        journal.checkpoint(whole, wall)
 
 
 def _write_queries(root: Path, player: Player, asked: int, layout: Layout) -> None:

@@ -48,6 +48,10 @@ class Journal:
         """Save the whole state together with the length of the metrics."""
         self._files.save_checkpoint(arrays, {"rows": len(self._recorder), "wall_seconds": wall})
 
+    def note(self, facts: dict[str, Any]) -> None:
+        """Write what is known of a run that is about to be ended from outside."""
+        self._files.write_run(facts)
+
     def end(self, facts: dict[str, Any]) -> None:
         """Close the metrics and write how the run ended."""
         self._recorder.close()

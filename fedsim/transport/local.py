@@ -10,7 +10,7 @@ from fedsim.transport.transport import Bytes
 class LocalTransport:
     """The only process: there is nobody to talk to."""
 
-    kind, rank, size, moved = "local", 0, 1, 0
+    kind, rank, size, moved, calls, waiting = "local", 0, 1, 0, 0, False
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Do nothing; there are no peers."""

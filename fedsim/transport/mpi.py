@@ -26,6 +26,7 @@ class MpiTransport:
         self._mpi: Any = MPI
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size, self.moved = self._comm.Get_rank(), self._comm.Get_size(), 0
+        self.calls, self.waiting = 0, False
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Post all receives, then all sends, then wait for both."""
@@ -75,8 +76,9 @@ class MpiTransport:
 
     def _wait(self, requests: list[Any]) -> None:
         """Wait without holding the core: some looks in a row, then naps."""
-        looks = 0
+        looks, self.waiting = 0, True
         while not self._mpi.Request.Testall(requests):
             looks += 1
             if looks > EAGER:
                 time.sleep(NAP)
+        self.calls, self.waiting = self.calls + 1, False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +27,14 @@ class TorchTransport:
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), 0
+        self.calls, self.waiting = 0, False
+
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        """Say that this process waits for others; gloo's own timeout may end that."""
+        self.waiting = True
+        yield
+        self.calls, self.waiting = self.calls + 1, False
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Post all receives, then all sends, then wait for both."""
@@ -32,35 +42,41 @@ class TorchTransport:
         for peer, buffer in sends.items():
             works.append(self._dist.isend(torch.from_numpy(buffer), dst=peer))
             self.moved += buffer.nbytes
-        for work in works:
-            work.wait()
+        with self._waits():
+            for work in works:
+                work.wait()
 
     def all_gather(self, mine: Bytes) -> list[Bytes]:
         """Exchange lengths, then buffers padded to the longest."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._dist.all_gather(lengths, torch.tensor([mine.nbytes]))
+        with self._waits():
+            self._dist.all_gather(lengths, torch.tensor([mine.nbytes]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: mine.nbytes] = torch.from_numpy(np.ascontiguousarray(mine))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        self._dist.all_gather(parts, padded)
+        with self._waits():
+            self._dist.all_gather(parts, padded)
         self.moved += longest * (self.size - 1)
         return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
 
     def all_to_all(self, sends: Bytes, lengths: list[int], expected: list[int]) -> Bytes:
         """Send all parts and receive all parts in one collective (`all_to_all_single`)."""
         arrived = torch.empty(sum(expected), dtype=torch.uint8)
-        self._dist.all_to_all_single(arrived, torch.from_numpy(sends), expected, lengths)
+        with self._waits():
+            self._dist.all_to_all_single(arrived, torch.from_numpy(sends), expected, lengths)
         self.moved += sum(lengths) - lengths[self.rank]
         return arrived.numpy()
 
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Send the length, then the buffer."""
         length = torch.tensor([0 if buffer is None else buffer.nbytes])
-        self._dist.broadcast(length, src=root)
+        with self._waits():
+            self._dist.broadcast(length, src=root)
         mine = self.rank == root and buffer is not None
         data = torch.from_numpy(np.array(buffer)) if mine else torch.empty(int(length), dtype=torch.uint8)
-        self._dist.broadcast(data, src=root)
+        with self._waits():
+            self._dist.broadcast(data, src=root)
         return data.numpy()
 
     def abort(self, message: str) -> None:
@@ -70,5 +86,6 @@ class TorchTransport:
 
     def close(self) -> None:
         """Wait for all processes and end the group."""
-        self._dist.barrier()
+        with self._waits():
+            self._dist.barrier()
         self._dist.destroy_process_group()

@@ -16,12 +16,15 @@ class Transport(Protocol):
     Attributes:
         kind: `local`, `mpi` or `torch`. rank, size: which of how many processes.
         moved: bytes that this process has sent so far.
+        calls: how often it has exchanged anything. waiting: whether it waits for others at this moment.
     """
 
     kind: str
     rank: int
     size: int
     moved: int
+    calls: int
+    waiting: bool
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Send a buffer to each peer in `sends` and fill those in `receives`; all receives are posted first.
