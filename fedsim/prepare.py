@@ -13,6 +13,7 @@ from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgor
 from fedsim.engine.layout import Layout
 from fedsim.errors import InputError
 from fedsim.job import connected
+from fedsim.problems.problem import refuse_undeclared
 from fedsim.setting import RunSetting
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         ("problem", scenario.problem, scenario.data_seed, topology.n),
         lambda: _problem(scenario, topology.n),
     )
+    refuse_undeclared(problem)
     if problem.n != topology.n:
         raise InputError(
             f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"

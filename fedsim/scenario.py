@@ -150,7 +150,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def override(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; changing `X.kind` (or `X.file`) drops the other keys of X.
+    """Set a dotted key; changing `X.kind` drops the other keys of X, and so does a `file` that stands for a kind.
 
     Raises:
         InputError: the path goes through something that is not a section.
@@ -164,7 +164,8 @@ def override(content: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"override {key}: {part!r} is {inner!r}, not a section with keys")
         place = inner
-    if last in ("kind", "file") and path and place.get(last) != value:
+    replaces = last == "kind" or (last == "file" and path in (["topology"], ["rates"], ["mixing"]))
+    if replaces and path and place.get(last) != value:
         place.clear()
     place[last] = copy.deepcopy(value)
 
@@ -252,7 +253,8 @@ def _scenario(
     for key in (*SECTIONS, "checkpoint", "engine"):
         value = merged.get(key)
         if value is not None and not isinstance(value, Mapping):
-            mistakes.add((key,), f"{value!r} given, a section with keys needed")
+            such = f", such as {key}: {{kind: {value}}}" if isinstance(value, str) else ""
+            mistakes.add((key,), f"{value!r} given, a section with keys needed{such}")
             value = None
         if value is not None:
             sections[key] = dict(value)
@@ -361,6 +363,10 @@ def _check_component(
         cls = registry.find(section, kind, base)
     except InputError as error:
         mistakes.add((*path, "kind"), str(error).partition(": ")[2])
+        return
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        mistakes.add((*path, "kind"), f"{kind} does not define {', '.join(missing)}")
         return
     if ":" in kind and section == "problem":
         return  # a user's own problem reads its own keys

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.errors import Unsupported
+from fedsim.errors import InputError, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,21 @@ class CompiledObjective:
     reals: NDArray[np.float64]
     ints: NDArray[np.int64]
     scratch: int
+
+
+def refuse_undeclared(problem: Problem) -> None:
+    """Refuse a problem whose class does not say what every player needs to know of it."""
+    name = type(problem).__name__
+    for attribute in ("n", "dim", "records"):
+        if not hasattr(problem, attribute):
+            raise InputError(
+                f"problem: {name} does not set {attribute!r}; a Problem sets n (nodes), dim (length of a model) and"
+                " records (int64 [n], records per node to sample from; zeros where there are none)"
+            )
+    for attribute in ("records", "L", "mu"):
+        shape = np.shape(getattr(problem, attribute))
+        if getattr(problem, attribute) is not None and shape != (problem.n,):
+            raise InputError(f"problem: {name}.{attribute} has shape {list(shape)}, [{problem.n}] needed (one per node)")
 
 
 class Problem(ABC):

@@ -13,7 +13,7 @@ from fedsim.engine.oracle import BlockOracle
 from fedsim.engine.sampling import draw
 from fedsim.engine.streams import Streams
 from fedsim.errors import Unsupported
-from fedsim.problems.problem import Minibatch, Problem
+from fedsim.problems.problem import Minibatch, Problem, refuse_undeclared
 from fedsim.testing.report import Report, generators
 
 BLOCKS = (1, 2, 3, 7)
@@ -23,6 +23,7 @@ Rows = Callable[[NDArray[np.int64]], torch.Tensor]
 
 def check_problem(problem: Problem, seed: int) -> Report:
     """Check a problem; see `fedsim.testing.check`."""
+    refuse_undeclared(problem)
     subject = _Subject(problem, seed)
     report = Report(f"problem {problem.kind}: {problem.n} nodes, dim {problem.dim}")
     _refuse_writes(subject)
