@@ -57,6 +57,9 @@ KINDS: dict[str, dict[str, Entry]] = {
         "least_squares": Entry(f"{_P}.parameters:LeastSquaresParameters", "mean of (a'x - b)^2"),
         "ridge": Entry(f"{_P}.parameters:RidgeParameters", "least squares with l2"),
         "logistic": Entry(f"{_P}.parameters:LogisticParameters", "binary logistic regression with l2"),
+        "nonconvex_logistic": Entry(
+            f"{_P}.parameters:NonconvexLogisticParameters", "logistic regression, bounded penalty (not convex)"
+        ),
         "multinomial": Entry(f"{_P}.parameters:MultinomialParameters", "softmax regression with l2"),
         "quadratic": Entry(
             f"{_P}.parameters:QuadraticParameters", "quadratics, given or random with a condition number"
@@ -99,6 +102,7 @@ KINDS: dict[str, dict[str, Entry]] = {
         "libsvm": Entry(f"{_D}.files:Libsvm", "your own LIBSVM file"),
         "synthetic_regression": Entry(f"{_D}.synthetic:SyntheticRegression", "linear model, heterogeneity by nodes"),
         "synthetic_classification": Entry(f"{_D}.synthetic:SyntheticClassification", "softmax model, heterogeneity"),
+        "synthetic_lasso": Entry(f"{_D}.synthetic:SyntheticLasso", "a sparse model per node, without random numbers"),
         "dadao_regression": Entry(f"{_D}.synthetic:DadaoRegression", "the regression of the DADAO experiments"),
         "dadao_classification": Entry(f"{_D}.synthetic:DadaoClassification", "the classification of the same"),
     },

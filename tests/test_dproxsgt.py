@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedsim
 from fedsim.algorithms.algorithm import Sampling
 from fedsim.algorithms.cdproxsgt import BEER, CDProxSGT, ChocoSGD
 from fedsim.algorithms.dproxsgt import DProxSGT, GradientTracking, ProxGTSA
@@ -353,3 +354,32 @@ def test_the_optimum_of_ones_own_term_is_found():
     H = np.einsum("irc,ird->cd", SMOOTH.A, SMOOTH.A) / 40 + np.eye(6)
     exact = np.linalg.solve(H, np.einsum("irc,ir->c", SMOOTH.A, SMOOTH.b) / 40)
     assert optimum(Regularised(SMOOTH, Half())).numpy() == pytest.approx(exact, abs=1e-12)
+
+
+def test_the_shipped_golden_problem_gives_the_traces(tmp_path):
+    """As a scenario, least squares on the data without random numbers give the same digits, counts and sparsity."""
+    scenario = {
+        "topology": {"kind": "ring", "n": 5},
+        "problem": {
+            "kind": "least_squares",
+            "data": {"kind": "synthetic_lasso"},
+            "composite": {"kind": "l1", "weight": 0.05},
+        },
+        "algorithm": {"kind": "dproxsgt", "eta": 0.1},
+        "schedule": {"horizon": 10},
+    }
+    result = fedsim.run(scenario, folder=tmp_path / "a")
+    start, end = result.metrics.iloc[0], result.metrics.iloc[-1]
+    assert start["loss"] == pytest.approx(1.595724816576, abs=1e-11)
+    assert start["distance"] == pytest.approx(float(STAR @ STAR), abs=1e-7)
+    last = x_after(DProxSGT(eta=0.1), 10)
+    assert end["distance"] == pytest.approx(float(((last - optimum(LASSO).numpy()) ** 2).sum() / 5), abs=1e-12)
+    assert end["bytes"] == 10 * 5 * 2 * 2 * 6 * 8
+    assert end["gradients"] == 50
+    assert end["exchanges"] == 20
+    packed = {"algorithm": {"kind": "cdproxsgt", "eta": 0.1, "compress": {"kind": "top_k", "k": 2}, "gamma_x": 0.3}}
+    packed = fedsim.run({**scenario, **packed}, overrides=["algorithm.gamma_y=0.3"], folder=tmp_path / "c")
+    norm = packed.metrics.iloc[-1]
+    last = x_after(CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 2}, gamma_x=0.3, gamma_y=0.3), 10)
+    assert norm["distance"] == pytest.approx(float(((last - optimum(LASSO).numpy()) ** 2).sum() / 5), abs=1e-12)
+    assert packed.facts["compression_ratio"] == pytest.approx(17 / 48)

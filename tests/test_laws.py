@@ -35,6 +35,7 @@ PROBLEMS = {
     "ridge": {"kind": "ridge", "l2": 0.1, "data": NUMBERS, "partition": SIZES},
     "ridge by samples": {"kind": "ridge", "l2": 0.1, "weights": "samples", "data": NUMBERS, "partition": SIZES},
     "logistic": {"kind": "logistic", "l2": 0.1, "data": CLASSES, "partition": SIZES},
+    "nonconvex logistic": {"kind": "nonconvex_logistic", "penalty": 0.1, "data": CLASSES, "partition": SIZES},
     "multinomial": {"kind": "multinomial", "l2": 0.1, "data": {**CLASSES, "classes": 4}, "partition": SIZES},
     "quadratic": {"kind": "quadratic", "dim": 7},
     "diagonal quadratic": {"kind": "quadratic", "dim": 7, "shape": "diagonal"},

@@ -18,6 +18,8 @@ SPECS = {
               "partition": {"kind": "dirichlet_sizes", "alpha": 0.5}},
     "logistic": {"kind": "logistic", "l2": 0.01, "data": {"kind": "breast_cancer", "normalise": "columns"},
                  "partition": {"kind": "dirichlet", "alpha": 0.3}},
+    "nonconvex": {"kind": "nonconvex_logistic", "penalty": 0.1, "partition": {"kind": "sorted"},
+                  "data": {"kind": "breast_cancer", "normalise": "columns"}},
     "multinomial": {"kind": "multinomial", "l2": 0.01, "data": {"kind": "iris", "normalise": "columns"},
                     "partition": {"kind": "sorted"}},
     "quadratic": {"kind": "quadratic", "dim": 5, "condition": 30},
@@ -26,7 +28,7 @@ SPECS = {
     "module": {"kind": "module", "data": {"kind": "iris", "normalise": "columns"}, "l2": 1e-3, "hidden": [5],
                "partition": {"kind": "dirichlet_sizes", "alpha": 1.0}},
 }  # fmt: skip
-CONVEX = [name for name in SPECS if name != "module"]
+CONVEX = [name for name in SPECS if name not in ("module", "nonconvex")]
 
 
 def made(name, **changes):
@@ -92,6 +94,21 @@ def test_constants_bound_the_curvature_and_are_attained(name):
     assert (values[:, 0] >= problem.mu * (1 - 1e-6) - 1e-6).all()
     if name != "multinomial":
         assert np.allclose(values[:, -1], problem.L, rtol=1e-5)
+
+
+def test_the_bounded_penalty_sets_the_largest_curvature_and_is_not_convex():
+    """The Hessian at 0 attains L_i, that of the penalty alone is negative at 1."""
+    problem, nodes, step = made("nonconvex"), np.arange(N), 1e-5
+    rows = [problem.gradient((step * e).repeat(N, 1), nodes) / step for e in torch.eye(problem.dim).double()]
+    at_zero = torch.stack(rows, dim=1) - problem.gradient(0 * points(problem), nodes)[:, None] / step
+    largest = torch.linalg.eigvalsh((at_zero + at_zero.transpose(1, 2)) / 2)[:, -1]
+    assert np.allclose(largest.numpy(), problem.L, rtol=1e-4)
+    without = build({**SPECS["nonconvex"], "penalty": 0.0}, N, 1, Path())
+    one = torch.ones(N, problem.dim).double()
+    slopes = [problem.gradient(z, nodes) - without.gradient(z, nodes) for z in (one, one + step)]
+    assert torch.allclose((slopes[1] - slopes[0]) / step, torch.full_like(one, -0.1 / 2), rtol=1e-4)
+    assert problem.mu is None
+    assert problem.optimum() is None
 
 
 @pytest.mark.parametrize("name", CONVEX)

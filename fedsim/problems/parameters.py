@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fedsim.problems.data.table import Data
+    from fedsim.problems.problem import Problem
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,6 +48,21 @@ class LogisticParameters:
     needs_data: ClassVar[bool] = True
     l2: Weight = 0.0
     weights: Weights = "uniform"
+
+
+@dataclass(frozen=True)
+class NonconvexLogisticParameters:
+    """Logistic regression with the penalty `penalty * sum_k x_k^2 / (1 + x_k^2)`, which is not convex."""
+
+    needs_data: ClassVar[bool] = True
+    penalty: Weight = 0.1
+    weights: Weights = "uniform"
+
+    def from_records(self, data: Data, parts: list[NDArray[np.int64]], seed: int) -> Problem:
+        """Return the problem."""
+        from fedsim.problems.nonconvex_logistic import NonconvexLogistic
+
+        return NonconvexLogistic(data, parts, self.penalty, self.weights)
 
 
 @dataclass(frozen=True)

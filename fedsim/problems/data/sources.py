@@ -25,6 +25,7 @@ from fedsim.problems.data.synthetic import (
     DadaoClassification,
     DadaoRegression,
     SyntheticClassification,
+    SyntheticLasso,
     SyntheticRegression,
 )
 from fedsim.problems.data.table import Data
@@ -46,6 +47,7 @@ KINDS: dict[str, type[Source]] = {
     "libsvm": Libsvm,
     "synthetic_regression": SyntheticRegression,
     "synthetic_classification": SyntheticClassification,
+    "synthetic_lasso": SyntheticLasso,
     "dadao_regression": DadaoRegression,
     "dadao_classification": DadaoClassification,
 }

@@ -178,3 +178,38 @@ class DadaoClassification(Synthetic):
         redrawn = rng.random(self.samples) < self.flip
         labels = np.where(redrawn, rng.integers(0, 2, self.samples), cluster % 2)
         return a[:, rng.permutation(self.dim)], labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticLasso(Source):
+    """A regression without random numbers, on which any implementation must give the same digits.
+
+    Node i has eight records of six features, `a_r[c] = sin(1 + 7 i + 3 r + 2 c (r + 1)) / sqrt(2)`, and targets
+    `<a_r, t_i> + 0.1 cos(r + i) / sqrt(2)` of a sparse model that differs between nodes: `t_i` is 1.5 at c = 0 and 3,
+    and `0.5 i` at c = 1. The `1/sqrt(2)` makes least squares `||A_i x - b_i||^2 / 16`. With five nodes and
+    `composite: {kind: l1, weight: 0.05}` it is golden problem G1 of the DProxSGT specification.
+    """
+
+    kind: ClassVar[str] = "synthetic_lasso"
+
+    def read(self, around: Surroundings) -> Data:
+        """Return `8 n` records, node after node.
+
+        Raises:
+            InputError: the number of nodes is not known.
+        """
+        if around.n is None:
+            raise InputError("data.kind: 'synthetic_lasso' makes records for every node and needs the number of nodes")
+        i, r, c = np.ogrid[: around.n, :8, :6]
+        a = np.sin(1.0 + 7 * i + 3 * r + 2 * c * (r + 1))
+        target = np.where(c == 1, 0.5 * i, np.where(c % 3 == 0, 1.5, 0.0))
+        b = (a * target).sum(axis=2) + 0.1 * np.cos(r + i)[:, :, 0]
+        data = Data(
+            features=a.reshape(-1, 6) / np.sqrt(2.0),
+            labels=b.ravel() / np.sqrt(2.0),
+            columns={"node": np.repeat(np.arange(around.n, dtype=np.int64), 8)},
+            name=self.kind,
+            task="regression",
+            feature_names=tuple(f"a{j}" for j in range(6)),
+        )
+        return checked(data, constant="keep")
