@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from fedsim.engine.player import Player
+    from fedsim.privacy.guard import Guard
+    from fedsim.privacy.section import Privacy
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario
     from fedsim.topology.rates import Rates
@@ -82,7 +85,8 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         have = [k for k in registry.KINDS["algorithm"] if registry.find("algorithm", k, scenario.base).proximal]
         name = getattr(algorithm, "kind", type(algorithm).__name__)
         raise InputError(
-            f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)} (one's own says so by `proximal: ClassVar[bool] = True`)"
+            f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)}"
+            " (one's own says so by `proximal: ClassVar[bool] = True`)"
         )
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(
@@ -99,6 +103,8 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         mixing,
         common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal")
         or (scenario.start.get("kind") == "problem" and problem.common_start),
+        rounds=int(scenario.schedule["horizon"]) if sync else 0,
+        privacy=_privacy(scenario, algorithm),
     )
     layout = Layout(topology, transport=connected(scenario.engine["transport"], scenario.engine["timeout"]))
     return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
@@ -174,6 +180,50 @@ def _algorithm(scenario: Scenario) -> Algorithm:
     return scenario.make_algorithm()
 
 
+def _privacy(scenario: Scenario, algorithm: Algorithm) -> Privacy | None:
+    """Return what is promised.
+
+    Raises:
+        InputError: the algorithm releases what no plan of it covers.
+    """
+    from fedsim.algorithms.private import PrivateAlgorithm
+    from fedsim.privacy.section import Privacy
+    from fedsim.scenario import build
+
+    if scenario.privacy is None:
+        return None
+    if not isinstance(algorithm, PrivateAlgorithm):
+        have = [k for k in registry.KINDS["algorithm"] if _is_private(k, scenario.base)]
+        raise InputError(
+            f"privacy: {getattr(algorithm, 'kind', type(algorithm).__name__)} sends what is not protected; these keep"
+            f" the promise: {', '.join(have)}"
+        )
+    return build(Privacy, scenario.privacy)
+
+
+def _is_private(kind: str, base: Path) -> bool:
+    from fedsim.algorithms.private import PrivateAlgorithm
+
+    return issubclass(registry.find("algorithm", kind, base), PrivateAlgorithm)
+
+
+def guard_of(p: Prepared) -> Guard | None:
+    """Return the guard of a private algorithm's releases; without a `privacy` section it adds nothing."""
+    from fedsim.algorithms.private import PrivateAlgorithm
+    from fedsim.privacy.guard import Guard
+    from fedsim.privacy.plan import multipliers
+
+    if not isinstance(p.algorithm, PrivateAlgorithm):
+        return None
+    privacy = p.setting.privacy
+    z = {} if privacy is None else multipliers(privacy, p.algorithm.plan(p.setting))
+    bounds = [privacy.epsilon if privacy else None, (p.scenario.stop or {}).get("epsilon")]
+    budget = min((float(b) for b in bounds if b is not None), default=None)
+    # a seed of its own for every scenario: noise that two releases share could be subtracted
+    seed = int(hashlib.sha256(f"noise {p.scenario.digest()}".encode()).hexdigest()[:16], 16)
+    return Guard(privacy, z, p.problem, p.layout, seed, budget)
+
+
 def _rates(scenario: Scenario, topology: Topology) -> Rates:
     """Return the rates of the section; its `scale: theory` (default) sets them to `2 chi1 chi2 = 1`."""
     from fedsim.topology.rates import build_rates
@@ -202,7 +252,8 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
     assert isinstance(p.algorithm, SyncAlgorithm)
     budget = (p.scenario.stop or {}).get("queries")
     budget = None if budget is None else int(budget)
-    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block=block, budget=budget)
+    guard = guard_of(p)
+    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, budget, guard)
 
 
 def _without_diagonal(matrix: Any) -> Any:
