@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim import registry
-from fedsim.errors import InputError
+from fedsim.errors import InputError, did_you_mean
 from fedsim.problems.parameters import (
     ConsensusParameters,
     LogisticParameters,
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
     """Return the problem of `{kind, data, partition, composite, ...}` for n nodes.
 
-    A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with the class method
-    `from_scenario(parameters: dict, n: int, seed: int, base: Path)`, which gets the section without `kind`.
+    A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with one of two class methods:
+    `from_records(data: Data, parts: list[NDArray], KEYS...)` gets the loaded data and each node's record numbers, and the
+    section's other keys by name; `from_scenario(parameters: dict, n: int, seed: int, base: Path)` gets the section
+    without `kind` and reads everything itself.
 
     Raises:
         InputError: a key, the data or the partition cannot be used.
@@ -146,11 +149,36 @@ def _refuse_shape(name: str, values: np.ndarray, leading: tuple[int, ...]) -> No
 
 
 def _own(cls: Any, kind: str, section: dict[str, Any], n: int, seed: int, base: Path) -> Problem:
-    if not hasattr(cls, "from_scenario"):
-        raise InputError(f"problem.kind: {kind}: needs the class method from_scenario(parameters, n, seed, base)")
-    problem = cls.from_scenario(section, n, seed, base)
-    if not isinstance(problem, Problem):
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise InputError(f"problem.kind: {kind} does not define {', '.join(missing)}")
+    if hasattr(cls, "from_records"):
+        data_spec, partition_spec = section.pop("data", None), section.pop("partition", None)
+        if data_spec is None:
+            raise InputError(f"problem.data: missing; {kind} needs records, such as data: {{kind: breast_cancer}}")
+        _refuse_unknown(cls.from_records, kind, section)
+        method, problem = "from_records", cls.from_records(*_split(data_spec, partition_spec, n, seed, base), **section)
+    elif hasattr(cls, "from_scenario"):
+        method, problem = "from_scenario", cls.from_scenario(section, n, seed, base)
+    else:
         raise InputError(
-            f"problem.kind: {kind}: from_scenario returned {type(problem).__name__}, a fedsim Problem is needed"
+            f"problem.kind: {kind}: needs a class method: from_records(data, parts, ...) or"
+            " from_scenario(parameters, n, seed, base)"
         )
+    if not isinstance(problem, Problem):
+        raise InputError(f"problem.kind: {kind}: {method} returned {type(problem).__name__}, a fedsim Problem is needed")
     return problem
+
+
+def _refuse_unknown(method: Any, kind: str, section: dict[str, Any]) -> None:
+    """Refuse keys that the method has no parameter for, and parameters that the section leaves open."""
+    wanted = list(inspect.signature(method).parameters.values())[2:]
+    if any(p.kind is p.VAR_KEYWORD for p in wanted):
+        return
+    names = [p.name for p in wanted]
+    for key in section:
+        if key not in names:
+            raise InputError(f"problem.{key}: unknown key{did_you_mean(key, names)}; {kind} knows {', '.join(names)}")
+    for p in wanted:
+        if p.default is p.empty and p.name not in section:
+            raise InputError(f"problem.{p.name}: this key is missing; {kind} needs it")

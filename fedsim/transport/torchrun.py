@@ -15,6 +15,11 @@ import torch
 from fedsim.transport.transport import Bytes
 
 
+def _to_send(buffer: Bytes) -> torch.Tensor:
+    """Return the buffer as a tensor; torch warns of read-only ones, though nothing is written to what is sent."""
+    return torch.from_numpy(buffer if buffer.flags.writeable else buffer.copy())
+
+
 class TorchTransport:
     """The default process group of torch.distributed on gloo, with the job's timeout."""
 
@@ -40,7 +45,7 @@ class TorchTransport:
         """Post all receives, then all sends, then wait for both."""
         works = [self._dist.irecv(torch.from_numpy(buffer), src=peer) for peer, buffer in receives.items()]
         for peer, buffer in sends.items():
-            works.append(self._dist.isend(torch.from_numpy(buffer), dst=peer))
+            works.append(self._dist.isend(_to_send(buffer), dst=peer))
             self.moved += buffer.nbytes
         with self._waits():
             for work in works:
