@@ -87,7 +87,7 @@ def _expected(p: Prepared, rate: float, prefactor: float, precision: float) -> d
 def _warnings(p: Prepared) -> list[str]:
     from fedsim.algorithms.algorithm import SyncAlgorithm
 
-    found = []
+    found = list(p.algorithm.notes(p.setting))
     if p.problem.mu is not None and p.setting.mu == 0:
         found.append("mu = 0: linear rates of the theory are void for this problem")
     if p.problem.L is None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
     from fedsim.engine.player import Player
     from fedsim.prepare import Prepared
+    from fedsim.privacy.guard import Guard
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
@@ -154,6 +155,10 @@ def run_one(
         done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
         player.load(own_part(saved, player.row_names, layout))
     facts = _facts(prepared, variant or scenario.variant)
+    guard = getattr(player, "guard", None)
+    if guard is not None:
+        guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
+    facts |= player.facts() | _non_private(observer, guard)
     facts["status"] = "running"
     if journal:
         journal.begin(facts, done)
@@ -178,6 +183,9 @@ def run_one(
         facts.update(status="failed", error=str(error))
         raise
     finally:
+        if guard is not None:
+            facts.update(player.facts())
+            guard.close()
         if journal:
             journal.end({**facts, "totals": facts.get("totals", player.counts.as_dict())})
     return Result(root)
@@ -232,7 +240,8 @@ def _play_on(
         _refuse_divergence(row, target)
         if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
-        reason = _stop(s.stop, row)
+        guard = getattr(player, "guard", None)
+        reason = _stop(s.stop, row) or (guard.refusal if guard else None)
         if reason:
             return reason
         if target >= next_checkpoint:
@@ -276,6 +285,8 @@ def _clock(p: Prepared, target: float) -> dict[str, float | int]:
 def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | None:
     """Return the condition that holds: a metric at most, a count at least, its bound."""
     for name, bound in (conditions or {}).items():
+        if name == "epsilon":
+            continue  # kept by the guard, which refuses the release that would pass it
         key = {"seconds": "wall_seconds"}.get(name, name)
         at_least = key in _COUNTS
         if row[key] >= bound if at_least else row[key] <= bound:
@@ -287,7 +298,8 @@ _COUNTS = frozenset({"wall_seconds", *(field.name for field in fields(Counts))})
 
 
 def _refuse_divergence(row: dict[str, Any], target: float) -> None:
-    bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    numbers = {name: v for name, v in row.items() if isinstance(v, float) and not name.startswith("epsilon")}
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise Diverged(
             f"{bad[0]} is {row[bad[0]]} at {target:g}: the run diverges. Likely a step size too large for this"
@@ -302,7 +314,7 @@ def _observer(p: Prepared) -> Observer:
     record = p.scenario.record
     own = p.algorithm.metrics(p.setting) if isinstance(p.algorithm, SyncAlgorithm) else None
     observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
-    recorded = (*observer.names, *sorted(_COUNTS), "seconds")
+    recorded = (*observer.names, *sorted(_COUNTS), "seconds", *(("epsilon",) if p.setting.privacy else ()))
     for name in p.scenario.stop or {}:
         if name not in recorded:
             raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
@@ -328,9 +340,17 @@ def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
         "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
         "problem": {"kind": p.problem.kind, "dim": p.problem.dim, **p.problem.facts()},
         "constants": [asdict(c) for c in p.algorithm.constants(p.setting)],
+        "notes": list(p.algorithm.notes(p.setting)),
         "guarantee": None if guarantee is None else asdict(guarantee),
         **provenance(p.algorithm),
     }
+
+
+def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
+    """Return which columns of a private run are computed on data without protection."""
+    if guard is None or guard.ledger is None:
+        return {}
+    return {"non_private": {"columns": list(observer.names), "note": "computed on the data, outside of the guarantee"}}
 
 
 def _digest(p: Prepared, player: Player) -> str | None:
@@ -358,7 +378,7 @@ def _root(folder: str | Path | None, name: str, transport: Transport) -> Path:
     """
     root = Path(folder) if folder else folder_for(name, Path("runs"))
     root = Path(transport.broadcast(np.frombuffer(str(root).encode(), np.uint8)).tobytes().decode())
-    taken = transport.rank == 0 and any((root / name).exists() for name in ("run.json", STUDY))
+    taken = transport.rank == 0 and any((root / name).exists() for name in ("run.json", STUDY, "ledger.jsonl"))
     if transport.broadcast(np.array([taken], np.uint8))[0]:
         raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
     return root

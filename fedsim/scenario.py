@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
     from fedsim.prepare import Live
 
-SECTIONS = ("topology", "rates", "mixing", "problem", "start", "algorithm", "schedule", "stop", "record")
+SECTIONS = ("topology", "rates", "mixing", "problem", "start", "algorithm", "schedule", "privacy", "stop", "record")
 KEYS = ("name", "claim", "seed", "data_seed", *SECTIONS, "checkpoint", "engine", "seeds", "variants", "short")
 NOT_IN_DIGEST = ("name", "claim", "record", "checkpoint", "engine")
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedsim.privacy.section import Privacy
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -81,7 +83,10 @@ class Engine:
     timeout: Positive = 120.0
 
 
-COSTS = ("gradients", "dual_gradients", "samples", "communications", "messages", "bytes", "queries", "seconds")
+COSTS = (
+    *("gradients", "dual_gradients", "samples", "communications", "messages", "bytes", "queries", "epsilon"),
+    "seconds",
+)
 METRICS = ("distance", "consensus", "loss", "stationarity")
 
 PLAIN: dict[str, Any] = {
@@ -90,4 +95,5 @@ PLAIN: dict[str, Any] = {
     "record": Record,
     "checkpoint": Checkpoint,
     "engine": Engine,
+    "privacy": Privacy,
 }

@@ -14,6 +14,7 @@ from fedsim.errors import InputError
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+    from fedsim.privacy.section import Privacy
     from fedsim.problems.problem import Problem
     from fedsim.topology.spectral import Chi
     from fedsim.topology.topology import Topology
@@ -28,6 +29,7 @@ class RunSetting:
         given_chi: chi1, chi2 of these rates; None: computed when asked for.
         mixing: the mixing matrix over node numbers; None where nothing mixes.
         common_start: True when all nodes start from the same point.
+        rounds: of the schedule; 0 for events. privacy: what the scenario promises.
     """
 
     problem: Problem
@@ -36,6 +38,14 @@ class RunSetting:
     given_chi: Chi | None = None
     mixing: csr_array | None = None
     common_start: bool = True
+    rounds: int = 0
+    privacy: Privacy | None = None
+
+    @property
+    def unit_weight(self) -> float:
+        """Largest weight of one record (or, with `unit: user`, one worker) in the objective."""
+        by_user = self.privacy is not None and self.privacy.unit == "user"
+        return float((self.problem.shares / (1 if by_user else np.maximum(self.problem.records, 1))).max())
 
     @property
     def n(self) -> int:
@@ -134,7 +144,7 @@ class RunSetting:
         return type(self.problem).dual_gradient is not Problem.dual_gradient
 
     def require(self, who: str, *names: str) -> None:
-        """Refuse by name what is missing: "L", "mu" (positive), "dual", "rates", "mixing", "edges".
+        """Refuse by name what is missing: "L", "mu" (positive), "dual", "rates", "mixing", "edges", "records".
 
         Raises:
             InputError: says who needs what, and how to get it.
@@ -159,6 +169,11 @@ class RunSetting:
             return (
                 f"dual gradients, which problem {kind!r} does not have; least squares of full column rank, ridge and"
                 " quadratics do"
+            )
+        if name == "records" and self.problem.per_record() is None:
+            return (
+                f"gradients of single records, which problem {kind!r} does not have; logistic, multinomial,"
+                " least_squares, ridge, module and shared_curvature do"
             )
         if name == "rates" and self.given_rates is None:
             return "gossip rates: give the scenario a `rates` section"

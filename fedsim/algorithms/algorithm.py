@@ -16,6 +16,8 @@ from fedsim.algorithms.dynamics import Dynamics
 if TYPE_CHECKING:
     import torch
 
+    from fedsim.privacy.clipping import Clip
+    from fedsim.privacy.section import Privacy
     from fedsim.problems.problem import Minibatch
 
 Auto = Literal["auto"]
@@ -100,6 +102,21 @@ class Setting(Protocol):
         """Numbers of parameters of the model's tensors."""
         ...
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of the schedule (0 for events)."""
+        ...
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """What the scenario promises, if anything."""
+        ...
+
+    @property
+    def unit_weight(self) -> float:
+        """Largest weight of one record (or, with `unit: user`, one worker) in the objective."""
+        ...
+
     def require(self, who: str, *names: str) -> None:
         """Refuse (InputError) by name what is missing: "L", "mu" (positive), "dual", "rates", "edges"."""
         ...
@@ -127,6 +144,21 @@ class Oracle(Protocol):
 
     def inside(self, x: torch.Tensor) -> torch.Tensor:
         """Return the nearest points of the problem's box."""
+        ...
+
+    def clipped(
+        self,
+        x: torch.Tensor,
+        clip: Clip,
+        before: torch.Tensor | None = None,
+        weights: NDArray[np.float64] | None = None,
+        rows: NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Return means of clipped per-record gradients (or differences of them) `[rows, dim]`."""
+        ...
+
+    def regular_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the objective's part that no record enters (l2)."""
         ...
 
     def sample(self, sampling: Sampling | None, rng: Draws) -> Minibatch | None: ...
@@ -186,6 +218,10 @@ class Algorithm(ABC):
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return the derived constants that `check` prints, with formulas (call on a resolved instance)."""
+        return ()
+
+    def notes(self, setting: Setting) -> tuple[str, ...]:
+        """Return what a user should know of this run before it starts (call on a resolved instance)."""
         return ()
 
     def guarantee(self, setting: Setting) -> Guarantee | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from fedsim.engine.mixing import addresses_of, by_position, mix_rows
 from fedsim.engine.routes import Routes
 from fedsim.engine.sums import total as global_sum
 from fedsim.errors import RunError, Unsupported
+
+if TYPE_CHECKING:
+    from fedsim.privacy.guard import Guard
 
 
 class LocalNetwork:
@@ -41,6 +44,12 @@ class LocalNetwork:
         self.packed, self.unpacked, self._warned = 0, 0, False  # bytes of packets, and of the same values unpacked
         self._steps: dict[int, NDArray[np.int64]] = {}  # from row to row, for the width that was last asked for
         self._routes = Routes(layout, blocks, counts)
+        self.guard: Guard | None = None
+
+    @property
+    def blocks(self) -> Sequence[slice]:
+        """The rows of each block."""
+        return self._blocks
 
     def answer(self, requests: list[Request]) -> list[Any]:
         """Return each block's answer to its request; all blocks ask for the same thing.
@@ -61,6 +70,8 @@ class LocalNetwork:
             return self._sum(requests, mean=isinstance(first, Mean))
         if isinstance(first, Route):
             return self._routes.answer(requests, describe(first))
+        if self.guard is not None:
+            return self.guard.answer(requests, self)
         raise Unsupported(f"request {type(first).__name__} is not answered by this engine")
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:

@@ -12,11 +12,13 @@ from fedsim.algorithms.algorithm import Draws, Sampling
 from fedsim.engine.counts import Counts
 from fedsim.engine.queries import Queries, Spent
 from fedsim.engine.sampling import draw
-from fedsim.errors import RunError
+from fedsim.errors import RunError, Unsupported
+from fedsim.privacy.clipping import Clip, clipped_sum
 from fedsim.problems.problem import Minibatch, Problem
 
 if TYPE_CHECKING:
     from fedsim.engine.streams import Streams
+    from fedsim.problems.per_record import RecordGradients
 
 
 class BlockOracle:
@@ -46,6 +48,7 @@ class BlockOracle:
         self._all_records = int(self.records.sum())
         self._streams, self._counts = streams, counts
         self.draws = 0
+        self._per_record: RecordGradients | None = None
         self.queries = Queries(nodes, problem.n, problem.dim, budget)
 
     def sample(self, sampling: Sampling | None, rng: Draws | None = None) -> Minibatch | None:
@@ -93,6 +96,55 @@ class BlockOracle:
             self._counts.samples += int(self.records[own].sum()) if some is None else some.records
             g[own] = self._gradient_of(x[own], self.nodes[own], some)
         return g
+
+    def clipped(
+        self,
+        x: torch.Tensor,
+        clip: Clip,
+        before: torch.Tensor | None = None,
+        weights: NDArray[np.float64] | None = None,
+        rows: NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Return every node's mean of clipped gradients of single records at x, `[rows, dim]`.
+
+        Terms of the objective that no record enters (l2) are left out.
+
+        Args:
+            x, before: `[rows, dim]`, or `[1, dim]` for all; with `before` differences of gradients are clipped.
+            clip: radii; `clip.radius` may hold one per row, `[rows, 1]`.
+            weights: of the records, `[rows, longest]` (0: not evaluated); None: a mean over all of them.
+
+        Raises:
+            Unsupported: the problem cannot tell its records apart.
+        """
+        gradients = self._record_gradients()
+        x = self._one_row_each(x, "clipped gradient")
+        before = None if before is None else self._one_row_each(before, "clipped gradient")
+        found = torch.zeros_like(x)
+        for row, node in enumerate(self.nodes.tolist()):
+            if rows is not None and not rows[node]:
+                continue
+            weight = np.full(self.records[row], 1.0 / self.records[row]) if weights is None else weights[row]
+            records = np.flatnonzero(weight)
+            old = None if before is None else before[row]
+            found[row] = clipped_sum(gradients, node, records, weight[records], x[row], clip.of_row(row), old)
+            evaluations = 1 if before is None else 2
+            self.charge(evaluations, evaluations * len(records))
+        return found
+
+    def _record_gradients(self) -> RecordGradients:
+        if self._per_record is None:
+            self._per_record = self.problem.per_record()
+        if self._per_record is None:
+            raise Unsupported(
+                f"problem {self.problem.kind!r} has no gradients of single records, which clipping needs; logistic,"
+                " multinomial, least_squares, ridge, module and shared_curvature have"
+            )
+        return self._per_record
+
+    def regular_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the objective's part that no record enters; not counted."""
+        return self.problem.regular_gradient(x)
 
     def query(self, points: torch.Tensor, rows: NDArray[np.bool_] | None = None) -> torch.Tensor:
         """Return what the nodes' black boxes answer, noise included: `[rows, count]` at `points [rows, count, dim]`.

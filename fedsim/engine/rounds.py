@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Coroutine
 from functools import cache
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from fedsim.errors import Diverged, InputError, RunError
 from fedsim.job import counts_of_all
 from fedsim.problems.problem import Problem
 
+if TYPE_CHECKING:
+    from fedsim.privacy.guard import Guard
+
 BLOCK_BYTES = 1 << 20  # of one variable: blocks of this size are fastest, they stay in the second-level cache
 START = 0xFFFFFFFF  # the step of draws made before round 0
 QUERY_ROWS = ("query.round", "query.value", "query.x")
@@ -38,6 +41,7 @@ class Rounds:
         matrices: sparse `[n, n]` over node numbers: "W", "laplacian", "adjacency".
         x0: `[rows, dim]`, position order. seed: of batches and all other draws.
         block: rows per block, or "auto". budget: function values that all nodes together may ask for.
+        guard: of a private algorithm's releases.
 
     Attributes:
         spent: whether the budget ended a round before its end; the state is then that of the last whole round.
@@ -53,6 +57,7 @@ class Rounds:
         seed: int,
         block: int | Literal["auto"] = "auto",
         budget: int | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.counts, self.spent = Counts(), False
         self._algorithm, self._layout, self._x0 = algorithm, layout, x0
@@ -60,6 +65,7 @@ class Rounds:
         check(getattr(algorithm, "batch", None), problem.records, problem.kind)
         self._blocks = _blocks(layout.rows, x0, block)
         self._network = LocalNetwork(layout, self._blocks, matrices, self.counts)
+        self._network.guard = self.guard = guard
         nodes = [layout.nodes[rows] for rows in self._blocks]
         self._oracles = [BlockOracle(problem, own, self._streams, self.counts, budget) for own in nodes]
         self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
@@ -137,7 +143,8 @@ class Rounds:
         pairs = zip(self._states, self._quiet, strict=True)
         parts = [self._algorithm.measures(s, oracle) for s, oracle in pairs]
         n = self._layout.n
-        return {
+        own = self.guard.columns() if self.guard else {}
+        return own | {
             name: float(global_sum(torch.cat([p[name] for p in parts]).double()[:, None], self._layout)[0]) / n
             for name in parts[0]
         }
@@ -145,7 +152,8 @@ class Rounds:
     def facts(self) -> dict[str, Any]:
         """Return how much packets weighed beside dense values of the same type."""
         packed, dense = self._network.packed, self._network.unpacked
-        return {"compression_ratio": packed / dense} if dense else {}
+        found = {"compression_ratio": packed / dense} if dense else {}
+        return found | ({"privacy": self.guard.facts()} if self.guard and self.guard.ledger else {})
 
     def final(self) -> dict[str, NDArray]:
         """Return the state's fields: rows `[rows, ...]`, shared values `[1, ...]`."""
@@ -162,6 +170,8 @@ class Rounds:
         saved = {f"state.{name}": value for name, value in self.final().items()}
         saved["round"] = np.array([self._round, self._oracles[0].draws])
         saved.update(self._saved_queries())
+        if self.guard and self.guard.ledger:
+            saved["ledger.entries"] = np.array(len(self.guard.ledger.entries))
         saved.update({f"count.{name}": np.array(v) for name, v in counts_of_all(self.counts, self._layout).items()})
         return saved
 

@@ -6,6 +6,7 @@ The one place where a record's weight is decided: whatever the chunks, it enters
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,18 @@ class Clip:
     """How one record's gradient is bounded.
 
     Attributes:
-        radius: largest norm of what is summed; infinity clips nothing.
+        radius: largest norm of what is summed; infinity clips nothing; a tensor `[rows, 1]`: one per worker.
         per_layer: bound each of the L layers by `radius / sqrt(L)` instead of all together.
         inner: bound both gradients by this before their difference is taken; None: not at all.
     """
 
-    radius: float
+    radius: float | torch.Tensor
     per_layer: bool = False
     inner: float | None = None
+
+    def of_row(self, row: int) -> Clip:
+        """Return what holds for one worker."""
+        return Clip(float(self.radius[row, 0]), self.per_layer, self.inner) if torch.is_tensor(self.radius) else self
 
 
 def factors(squared: torch.Tensor, radius: float, per_layer: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -94,7 +99,7 @@ def _signals(
 
 
 def _bounded(signals: Signals, clip: Clip, dtype: torch.dtype) -> torch.Tensor:
-    if clip.radius == float("inf"):
-        squared = signals.squared_norms()
+    squared, radius = signals.squared_norms(), float(clip.radius)
+    if math.isinf(radius):
         return torch.ones(squared.shape, dtype=torch.float64)
-    return factors(signals.squared_norms(), clip.radius, clip.per_layer, dtype)
+    return factors(squared, radius, clip.per_layer, dtype)

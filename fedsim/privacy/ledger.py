@@ -1,0 +1,221 @@
+"""What a run has spent: one line per release, on disk before its noise is used; every epsilon is computed from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.errors import RunError
+from fedsim.privacy.gaussian import epsilon_of, mu_of
+from fedsim.privacy.sampled import Events, epsilon_of_events
+
+FILE = "ledger.jsonl"
+TOLERANCE = 1e-9  # relative, of the budget
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One release: its place in the schedule, its noise over sensitivity, and whom it exposes.
+
+    Attributes:
+        z: standard deviation over the most exposed unit's sensitivity. rate: of Poisson sampling, 1 without.
+        worker: the only one whose data it touches, or None. key: which secret numbers the noise was made of.
+        attempt: 0, or a number where the same place was released anew with other noise.
+    """
+
+    round: int
+    release: str
+    step: int
+    z: float
+    rate: float = 1.0
+    worker: int | None = None
+    key: str = ""
+    attempt: int = 0
+
+    @property
+    def place(self) -> tuple[int, str, int, int | None]:
+        """Where in the schedule it stands."""
+        return self.round, self.release, self.step, self.worker
+
+    @property
+    def cost(self) -> tuple[float, float, int | None]:
+        """What its price depends on."""
+        return self.z, self.rate, self.worker
+
+
+class Ledger:
+    """The releases of a run and what they add up to, per worker.
+
+    Args:
+        delta, relation: of the guarantee.
+        exposure: `[n]` in (0, 1]: sensitivity of a unit of each worker over that of the most exposed one.
+        fresh: noise is drawn anew every time, so that the same place released again is another release.
+
+    Attributes:
+        entries: in the order of their release. sampled: whether any of them was Poisson sampled.
+    """
+
+    def __init__(self, delta: float, relation: str, exposure: Sequence[float], fresh: bool = False) -> None:
+        self.delta, self.relation = delta, relation
+        self.exposure = np.asarray(exposure, dtype=np.float64)
+        self._fresh = fresh
+        self.entries: list[Entry] = []
+        self._last: dict[tuple[int, str, int, int | None], Entry] = {}
+        self._costs: Counter[tuple[float, float, int | None]] = Counter()
+        self._square = np.zeros(len(self.exposure))  # sum of mu^2 per worker, of what is not sampled
+        self.sampled = False
+        self._sink: IO[str] | None = None
+        self._allowed: list[Counter[tuple[float, float, int | None]]] = []
+        self._stride = 64
+
+    def planned(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return what releasing these would add: nothing where the very same release is there already."""
+        new = []
+        for entry in entries:
+            last = self._last.get(entry.place)
+            if last is None:
+                new.append(entry)
+            elif self._fresh or (last.cost, last.key) != (entry.cost, entry.key):
+                new.append(Entry(**{**asdict(entry), "attempt": last.attempt + 1}))
+        return new
+
+    def write(self, entries: Iterable[Entry]) -> None:
+        """Add releases, on disk first."""
+        new = list(entries)
+        if self._sink is not None and new:
+            self._sink.writelines(json.dumps(asdict(entry)) + "\n" for entry in new)
+            self._sink.flush()
+        for entry in new:
+            self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._last[entry.place] = entry
+        self._costs[entry.cost] += 1
+        self.sampled = self.sampled or entry.rate < 1
+        if entry.rate == 1:
+            self._square += self._squares(entry)
+
+    def _squares(self, entry: Entry) -> NDArray[np.float64]:
+        if entry.worker is None:
+            return (self.exposure / entry.z) ** 2
+        return np.where(np.arange(len(self.exposure)) == entry.worker, entry.z**-2, 0.0)
+
+    def epsilon(self) -> float:
+        """Return what the most exposed worker has spent."""
+        if not self.sampled:
+            return epsilon_of(math.sqrt(float(self._square.max())), self.delta)
+        return max(self._price(events) for events in self._distinct(self._costs))
+
+    def by_worker(self) -> list[float]:
+        """Return what every worker has spent, `[n]`; with sampling, workers beyond 32 kinds get the largest."""
+        if not self.sampled:
+            return [epsilon_of(math.sqrt(float(square)), self.delta) for square in self._square]
+        events = [self._events(self._costs, worker) for worker in range(len(self.exposure))]
+        if len(set(events)) > 32:
+            return [self.epsilon()] * len(events)
+        return [self._price(own) for own in events]
+
+    def fits(self, entries: Sequence[Entry], budget: float) -> bool:
+        """Return whether these may be added without passing the budget."""
+        if not self.sampled and all(entry.rate == 1 for entry in entries):
+            after = self._square + sum((self._squares(entry) for entry in entries), np.zeros_like(self._square))
+            return float(after.max()) <= mu_of(budget * (1 + TOLERANCE), self.delta) ** 2
+        return self._fits_sampled(Counter(entry.cost for entry in entries), budget)
+
+    def _fits_sampled(self, extra: Counter[tuple[float, float, int | None]], budget: float) -> bool:
+        """Ask the accountant as seldom as possible: what fits many times over fits once."""
+        after = self._costs + extra
+        if any(after <= allowed for allowed in self._allowed):
+            return True
+        while self._stride >= 1:
+            ahead = self._costs + Counter({cost: self._stride * count for cost, count in extra.items()})
+            if self._worst(ahead) <= budget * (1 + TOLERANCE):
+                self._allowed = [*self._allowed[-7:], ahead]
+                return True
+            self._stride //= 2
+        self._stride = 1
+        return False
+
+    def _worst(self, costs: Counter[tuple[float, float, int | None]]) -> float:
+        return max(self._price(events) for events in self._distinct(costs))
+
+    def _price(self, events: Events) -> float:
+        if all(rate == 1 for _, rate, _ in events):
+            return epsilon_of(math.sqrt(sum(count / z**2 for z, _, count in events)), self.delta)
+        return epsilon_of_events(events, self.delta, self.relation)
+
+    def _distinct(self, costs: Counter[tuple[float, float, int | None]]) -> set[Events]:
+        """Return what different workers are in, without those who are in less than another."""
+        found = {self._events(costs, worker) for worker in range(len(self.exposure))}
+        return {a for a in found if not any(a != b and _less(a, b) for b in found)}
+
+    def _events(self, costs: Counter[tuple[float, float, int | None]], worker: int) -> Events:
+        """Return the events that a worker is in; those without sampling are one Gaussian."""
+        square, sampled = 0.0, Counter[tuple[float, float]]()
+        for (z, rate, only), count in costs.items():
+            own = z / float(self.exposure[worker]) if only is None else z
+            if only is None or only == worker:
+                if rate == 1:
+                    square += count / own**2
+                else:
+                    sampled[own, rate] += count
+        merged = [(square**-0.5, 1.0, 1)] if square else []
+        return (*merged, *((z, rate, count) for (z, rate), count in sorted(sampled.items())))
+
+    def open(self, folder: Path, header: dict[str, Any], again: bool) -> None:
+        """Go on writing to the folder's ledger (`again`), or begin a new one."""
+        file = folder / FILE
+        if again:
+            self._sink = file.open("a")
+            if not file.read_bytes().endswith(b"\n"):
+                self._sink.write("\n")
+            return
+        self._sink = file.open("w")
+        self._sink.write(json.dumps(header) + "\n")
+        self._sink.flush()
+
+    def merge(self, text: str, least: int = 0) -> None:
+        """Add what an earlier part of this run released; `text` is the file's.
+
+        Raises:
+            RunError: fewer than `least` releases are there, which a checkpoint has counted.
+        """
+        lines = [line for line in text.split("\n")[1:] if line]
+        for line in lines:
+            try:
+                self._add(Entry(**json.loads(line)))
+            except json.JSONDecodeError:
+                break  # killed while writing it: the noise was not used
+        if len(self.entries) < least:
+            raise RunError(
+                f"{FILE}: {len(self.entries)} releases are there, the checkpoint has counted {least}; a run is not"
+                " resumed on a ledger that forgets"
+            )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+
+def _less(a: Events, b: Events) -> bool:
+    """Return whether a is contained in b: the same sampled kinds at most as often, and no less Gaussian noise."""
+    many = {(z, rate): count for z, rate, count in b if rate < 1}
+    square = [sum(count / z**2 for z, rate, count in events if rate == 1) for events in (a, b)]
+    return square[0] <= square[1] and all(count <= many.get((z, rate), 0) for z, rate, count in a if rate < 1)
+
+
+def read(text: str) -> tuple[dict[str, Any], list[Entry]]:
+    """Return header and entries of a ledger file."""
+    head, *lines = [line for line in text.split("\n") if line]
+    return json.loads(head), [Entry(**json.loads(line)) for line in lines]
