@@ -218,6 +218,7 @@ def compare(
 @app.command("list")
 def list_(
     section: Annotated[str | None, typer.Argument(help="algorithm, problem, data, partition, topology, ...")] = None,
+    kind: Annotated[str | None, typer.Argument(help="One of them: what it is, and its keys.")] = None,
     as_json: Json = False,
 ) -> None:
     """List what a scenario can name."""
@@ -229,6 +230,11 @@ def list_(
     names["rates"], names["mixing"] = dict.fromkeys(RATES.split(), ""), dict.fromkeys(MIXINGS.split(), "")
     if section is not None and section not in names:
         raise InputError(f"list: {section!r} is unknown{did_you_mean(section, names)}; there are {', '.join(names)}")
+    if kind is not None and section in (*KINDS, "topology"):
+        from fedsim.describe import describe
+
+        print(describe(section, kind))
+        return
     chosen = names if section is None else {section: names[section]}
     if as_json:
         print(json.dumps(chosen, indent=2))

@@ -29,8 +29,8 @@ def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
     """Return the problem of `{kind, data, partition, composite, ...}` for n nodes.
 
     A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with one of two class methods:
-    `from_records(data: Data, parts: list[NDArray], KEYS...)` gets the loaded data and each node's record numbers, and the
-    section's other keys by name; `from_scenario(parameters: dict, n: int, seed: int, base: Path)` gets the section
+    `from_records(data: Data, parts: list[NDArray], KEYS...)` gets the loaded data, each node's record numbers,
+    and the section's other keys by name; `from_scenario(parameters: dict, n: int, seed: int, base: Path)` gets the section
     without `kind` and reads everything itself.
 
     Raises:
@@ -166,7 +166,9 @@ def _own(cls: Any, kind: str, section: dict[str, Any], n: int, seed: int, base: 
             " from_scenario(parameters, n, seed, base)"
         )
     if not isinstance(problem, Problem):
-        raise InputError(f"problem.kind: {kind}: {method} returned {type(problem).__name__}, a fedsim Problem is needed")
+        raise InputError(
+            f"problem.kind: {kind}: {method} returned {type(problem).__name__}, a fedsim Problem is needed"
+        )
     return problem
 
 

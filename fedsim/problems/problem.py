@@ -71,7 +71,9 @@ def refuse_undeclared(problem: Problem) -> None:
     for attribute in ("records", "L", "mu"):
         shape = np.shape(getattr(problem, attribute))
         if getattr(problem, attribute) is not None and shape != (problem.n,):
-            raise InputError(f"problem: {name}.{attribute} has shape {list(shape)}, [{problem.n}] needed (one per node)")
+            raise InputError(
+                f"problem: {name}.{attribute} has shape {list(shape)}, [{problem.n}] needed (one per node)"
+            )
 
 
 class Problem(ABC):
