@@ -17,10 +17,10 @@ def describe(section: str, kind: str) -> str:
         InputError: there is no such kind.
     """
     if section == "topology":
-        from fedsim.topology.generators import maker
+        from fedsim.topology.generators import maker, parameter_names
 
         made = maker(kind)
-        return f"{inspect.getdoc(made) or kind}\n\nkeys\n" + "\n".join(_parameters(made))
+        return f"{inspect.getdoc(made) or kind}\n\nkeys\n" + "\n".join(_parameters(made, parameter_names(made)))
     cls = registry.find(section, kind, Path.cwd())
     text = inspect.getdoc(cls) or registry.known(section, kind).summary
     keys = [_key(f) for f in fields(cls) if f.init] if is_dataclass(cls) else []
@@ -36,6 +36,6 @@ def _key(f: Field[Any]) -> str:
     return f"  {f.name:<16} {default:<16} {annotation}"
 
 
-def _parameters(function: Any) -> list[str]:
-    given = list(inspect.signature(function).parameters.values())
-    return [f"  {p.name:<16} {'needed' if p.default is p.empty else p.default!r}" for p in given]
+def _parameters(function: Any, names: list[str]) -> list[str]:
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    return [f"  {n:<16} {'needed' if defaults[n] is inspect.Parameter.empty else repr(defaults[n])}" for n in names]

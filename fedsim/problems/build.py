@@ -30,8 +30,8 @@ def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
 
     A user's own class (`package.module:Class`, `file.py:Class`) is a `Problem` with one of two class methods:
     `from_records(data: Data, parts: list[NDArray], KEYS...)` gets the loaded data, each node's record numbers,
-    and the section's other keys by name; `from_scenario(parameters: dict, n: int, seed: int, base: Path)` gets the section
-    without `kind` and reads everything itself.
+    and the section's other keys by name; `from_scenario(parameters: dict, n: int, seed: int, base: Path)` gets the
+    section without `kind` and reads everything itself.
 
     Raises:
         InputError: a key, the data or the partition cannot be used.
