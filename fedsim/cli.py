@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +53,17 @@ def main() -> None:
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         _leave_job(error)
-        raise
+        raise error.with_traceback(_after_typer(error.__traceback__)) from error.__cause__
+
+
+def _after_typer(trace: TracebackType | None) -> TracebackType | None:
+    """Return the part of a traceback that begins in the command."""
+    kept = trace
+    while trace is not None:
+        if "typer" in Path(trace.tb_frame.f_code.co_filename).parts:
+            kept = trace.tb_next
+        trace = trace.tb_next
+    return kept
 
 
 def _leave_job(error: BaseException | None) -> None:
