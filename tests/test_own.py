@@ -67,7 +67,7 @@ class Startless(fedsim.SyncAlgorithm):
 SCENARIO = {
     "topology": {"kind": "ring", "n": 4},
     "problem": {"kind": "own.py:Absolute", "data": {"kind": "csv", "file": "lab.csv", "label": "y"}},
-    "algorithm": {"kind": "dpsgd", "step": 0.01, "batch": None},
+    "algorithm": {"kind": "dpsgd", "eta": 0.01, "batch": None},
     "schedule": {"horizon": 3},
 }
 
@@ -121,7 +121,7 @@ def test_constants_of_a_wrong_shape_are_refused():
 
 def test_methods_that_an_algorithm_lacks_are_named(beside):
     """An algorithm of one's own without `start` is refused by that word, not by a traceback."""
-    with pytest.raises(InputError, match="own.py:Startless does not define start"):
+    with pytest.raises(InputError, match=r"own\.py:Startless does not define start"):
         load_study(SCENARIO | {"algorithm": {"kind": "own.py:Startless"}})
 
 
@@ -134,7 +134,7 @@ def test_the_traceback_of_ones_own_mistake_begins_in_fedsim(beside):
     assert done.returncode == 1
     assert "ZeroDivisionError: of the user's own" in done.stderr
     assert "own.py" in done.stderr
-    assert "typer" not in done.stderr
+    assert "typer/" not in done.stderr
 
 
 def test_another_file_keeps_what_reads_it():
