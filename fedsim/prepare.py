@@ -211,7 +211,7 @@ def guard_of(p: Prepared) -> Guard | None:
     """Return the guard of a private algorithm's releases; without a `privacy` section it adds nothing."""
     from fedsim.algorithms.private import PrivateAlgorithm
     from fedsim.privacy.guard import Guard
-    from fedsim.privacy.plan import multipliers
+    from fedsim.privacy.plan import multipliers, promised
 
     if not isinstance(p.algorithm, PrivateAlgorithm):
         return None
@@ -221,7 +221,10 @@ def guard_of(p: Prepared) -> Guard | None:
     budget = min((float(b) for b in bounds if b is not None), default=None)
     # a seed of its own for every scenario: noise that two releases share could be subtracted
     seed = int(hashlib.sha256(f"noise {p.scenario.digest()}".encode()).hexdigest()[:16], 16)
-    return Guard(privacy, z, p.problem, p.layout, seed, budget)
+    guard = Guard(privacy, z, p.problem, p.layout, seed, budget)
+    if guard.ledger is not None and privacy is not None and budget == privacy.epsilon:
+        guard.ledger.promised = promised(z, p.algorithm.plan(p.setting))
+    return guard
 
 
 def _rates(scenario: Scenario, topology: Topology) -> Rates:

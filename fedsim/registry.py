@@ -84,6 +84,9 @@ KINDS: dict[str, dict[str, Entry]] = {
         ),
         "function": Entry(f"{_P}.external:FunctionParameters", "black boxes: your own Python function"),
         "command": Entry(f"{_P}.external:CommandParameters", "black boxes: your own command, such as a simulator"),
+        "shared_curvature": Entry(
+            f"{_P}.shared_curvature:SharedCurvatureParameters", "nonconvex, records differ in the linear term only"
+        ),
         "byte_language": Entry(
             f"{_P}.byte_language:ByteLanguageParameters", "bytes, a small transformer with mixtures of experts"
         ),
@@ -109,6 +112,7 @@ KINDS: dict[str, dict[str, Entry]] = {
         "synthetic_regression": Entry(f"{_D}.synthetic:SyntheticRegression", "linear model, heterogeneity by nodes"),
         "synthetic_classification": Entry(f"{_D}.synthetic:SyntheticClassification", "softmax model, heterogeneity"),
         "synthetic_lasso": Entry(f"{_D}.synthetic:SyntheticLasso", "a sparse model per node, without random numbers"),
+        "teacher_network": Entry(f"{_D}.synthetic:TeacherNetwork", "regression on a random tanh network"),
         "dadao_regression": Entry(f"{_D}.synthetic:DadaoRegression", "the regression of the DADAO experiments"),
         "dadao_classification": Entry(f"{_D}.synthetic:DadaoClassification", "the classification of the same"),
     },
@@ -119,6 +123,7 @@ KINDS: dict[str, dict[str, Entry]] = {
         "dirichlet": Entry(f"{_S}:Dirichlet", "each label over the nodes by Dirichlet(alpha)"),
         "dirichlet_labels": Entry(f"{_S}:DirichletLabels", "each node's labels by Dirichlet(alpha), equal sizes"),
         "dirichlet_sizes": Entry(f"{_S}:DirichletSizes", "sizes by Dirichlet(alpha), labels at random"),
+        "round_robin": Entry(f"{_S}:RoundRobin", "record i to node i mod n"),
         "column": Entry(f"{_S}:Column", "by a column of the data"),
         "node": Entry(f"{_S}:Node", "as the synthetic data were drawn"),
     },

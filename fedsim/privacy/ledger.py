@@ -61,6 +61,7 @@ class Ledger:
 
     Attributes:
         entries: in the order of their release. sampled: whether any of them was Poisson sampled.
+        promised: what a worker may be in within the budget, as far as known (the plan that was calibrated).
     """
 
     def __init__(self, delta: float, relation: str, exposure: Sequence[float], fresh: bool = False) -> None:
@@ -73,6 +74,7 @@ class Ledger:
         self._square = np.zeros(len(self.exposure))  # sum of mu^2 per worker, of what is not sampled
         self.sampled = False
         self._sink: IO[str] | None = None
+        self.promised: Events | None = None
         self._allowed: list[Counter[tuple[float, float, int | None]]] = []
         self._stride = 64
 
@@ -135,6 +137,8 @@ class Ledger:
         """Ask the accountant as seldom as possible: what fits many times over fits once."""
         after = self._costs + extra
         if any(after <= allowed for allowed in self._allowed):
+            return True
+        if self.promised and all(_less(events, self.promised) for events in self._distinct(after)):
             return True
         while self._stride >= 1:
             ahead = self._costs + Counter({cost: self._stride * count for cost, count in extra.items()})

@@ -10,7 +10,7 @@ from typing import cast
 
 from fedsim.errors import InputError, did_you_mean
 from fedsim.privacy.gaussian import mu_of
-from fedsim.privacy.sampled import epsilon_of_events
+from fedsim.privacy.sampled import Events, epsilon_of_events
 from fedsim.privacy.section import Privacy
 
 
@@ -100,6 +100,13 @@ def _fitting(epsilon: float, delta: float, relation: str, plan: tuple[Planned, .
         high += 0.5
     root = cast(float, brentq(excess, low, high, xtol=1e-5))
     return math.exp(root + 1e-5 if excess(root) > 0 else root)
+
+
+def promised(z: dict[str, float], plan: Sequence[Planned]) -> Events:
+    """Return a calibrated plan as events of the most exposed unit: what does not sample as one Gaussian."""
+    square = sum(kind.count / z[kind.name] ** 2 for kind in plan if kind.count and kind.rate == 1)
+    sampled = [(z[kind.name], kind.rate, kind.count) for kind in plan if kind.count and kind.rate < 1]
+    return (*([(square**-0.5 / (1 + 1e-12), 1.0, 1)] if square else []), *sampled)
 
 
 def paper(epsilon: float, delta: float, plan: Sequence[Planned], u: float = 1.25) -> dict[str, float]:

@@ -174,6 +174,15 @@ class DirichletSizes(Partition):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundRobin(Partition):
+    """Record i to node i mod n, in the order of the table: no draw (published code of DIFF2, ICML 2023)."""
+
+    def split(self, data: Data, n: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
+        """Return every n-th record."""
+        return [np.arange(node, len(data), n) for node in range(n)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Column(Partition):
     """By a column of the data, such as a hospital, a country or a latitude.
 
@@ -228,6 +237,7 @@ KINDS: dict[str, type[Partition]] = {
     "dirichlet": Dirichlet,
     "dirichlet_labels": DirichletLabels,
     "dirichlet_sizes": DirichletSizes,
+    "round_robin": RoundRobin,
     "column": Column,
     "node": Node,
 }

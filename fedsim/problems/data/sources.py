@@ -27,6 +27,7 @@ from fedsim.problems.data.synthetic import (
     SyntheticClassification,
     SyntheticLasso,
     SyntheticRegression,
+    TeacherNetwork,
 )
 from fedsim.problems.data.table import Data
 
@@ -48,6 +49,7 @@ KINDS: dict[str, type[Source]] = {
     "synthetic_regression": SyntheticRegression,
     "synthetic_classification": SyntheticClassification,
     "synthetic_lasso": SyntheticLasso,
+    "teacher_network": TeacherNetwork,
     "dadao_regression": DadaoRegression,
     "dadao_classification": DadaoClassification,
 }

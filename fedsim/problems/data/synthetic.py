@@ -128,6 +128,29 @@ class SyntheticClassification(Synthetic):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherNetwork(Source):
+    """Regression on a random network: `y = tanh(X W') a + 0.1 noise`, scaled to [0, 1]; X standard normal.
+
+    `W ~ N(0, 1/dim)` `[10, dim]`, a standard normal. One table of `records`, for any partition.
+    """
+
+    records: Annotated[int, Ge(2)] = 25_000
+    dim: Annotated[int, Ge(1)] = 8
+    seed: Annotated[int, Ge(0)] = 12345
+
+    def read(self, around: Surroundings) -> Data:
+        """Return the records."""
+        rng = np.random.default_rng(self.seed)
+        x = rng.normal(size=(self.records, self.dim))
+        w = rng.normal(size=(10, self.dim)) / np.sqrt(self.dim)
+        a = rng.normal(size=10)
+        y = np.tanh(x @ w.T) @ a + 0.1 * rng.normal(size=self.records)
+        y = (y - y.min()) / (y.max() - y.min())
+        names = tuple(f"x{j}" for j in range(self.dim))
+        return checked(Data(x, y, {}, "teacher_network", "regression", (), names))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DadaoRegression(Synthetic):
     """The linear task of the DADAO figures (Nabli & Oyallon, JMLR 26(207), 2025, section 5 and reference code).
 
