@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
     from fedsim.watch import Watch
 
+TOGETHER = 5.0  # seconds in which all ranks find the same mistake, or one of them has found its own
+
 _connected: Transport | None = None
 _watch: Watch | None = None
 
@@ -63,11 +65,13 @@ def leads() -> bool:
 def end(error: BaseException | None) -> None:
     """Leave the job: all together after success, or at once for all after an error of one rank.
 
-    A mistake in the input is found by every rank alike and ends each of them in its own way.
+    A mistake in the input that every rank finds ends each of them in its own way.
     """
     from fedsim.errors import InputError
 
-    if _connected is None or _connected.size == 1 or isinstance(error, InputError):
+    if _connected is None or _connected.size == 1:
+        return
+    if isinstance(error, InputError) and _connected.leaves_with_all(TOGETHER):
         return
     if error is None:
         if _watch is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim.agreement import refuse_disagreement
 from fedsim.digest import combined, digest, row_hashes
 from fedsim.engine.counts import Counts
 from fedsim.errors import Diverged, FedsimError, InputError, Stopped
@@ -78,6 +79,7 @@ def run(
     else:
         source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
         study = load_study(source, overrides=overrides, short=short, live=live)
+    refuse_disagreement(study, transport)
     root = _root(folder, study.name, transport)
     if len(study.runs) == 1:
         return run_one(study.runs[0], root, live, progress=progress)

@@ -130,7 +130,7 @@ class Watch:
                 next_sign = time.monotonic() + self._every
                 for peer in list(self._peers.values()):
                     with contextlib.suppress(OSError):
-                        self._send(peer.connection, ALIVE)
+                        self._send(peer.connection, ALIVE, _words(self._transport.asks))
             for key, _ in selector.select(self._every / 2):
                 peer = key.data
                 if not self._read(peer) or peer.said_bye:
@@ -155,7 +155,20 @@ class Watch:
         peer.progress, peer.seen, peer.said_bye = progress, now, kind == BYE
         if kind == FAILED:
             self._end_job(text, None)
+        elif kind == ALIVE and waits and self._transport.rank == 0:
+            self._compare(peer, text)
         return True
+
+    def _compare(self, peer: _Peer, text: str) -> None:
+        """End the job where a rank that waits asks for another thing than rank 0 by the same number."""
+        number, asked = self._transport.asks
+        theirs, _, what = text.partition(" ")
+        if asked and theirs == str(number) and what != asked:
+            self._end_job(
+                f"ranks disagree on the next request: rank 0 asks for {asked}, rank {peer.rank} for {what} (request"
+                f" {number})",
+                None,
+            )
 
     def _judge(self, peer: _Peer) -> None:
         now = time.monotonic()
@@ -198,6 +211,10 @@ class _Peer:
         self.rank, self.connection, self.process, self.host = rank, connection, process, host
         self.progress, self.seen, self.moved, self.said_bye = -1, time.monotonic(), time.monotonic(), False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _words(asks: tuple[int, str]) -> bytes:
+    return f"{asks[0]} {asks[1]}".encode()[:MOST]
 
 
 def _addresses(host: str) -> list[bytes]:

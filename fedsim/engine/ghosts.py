@@ -58,6 +58,11 @@ class Ghosts:
         place = np.where(here, chosen - layout.lo, layout.rows + np.searchsorted(self.positions, chosen))
         return offsets[layout.lo : layout.hi + 1] - begin, place, weights[begin:end]
 
+    @property
+    def question(self) -> tuple[int, str]:
+        """Number and words of the request that is being answered."""
+        return self._number, self._question
+
     def agree(self, question: str) -> None:
         """Remember what is asked for, so that the next messages carry it."""
         self._number += 1

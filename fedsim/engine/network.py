@@ -62,6 +62,7 @@ class LocalNetwork:
         first = requests[0]
         if self._layout.size > 1:
             self._ghosts.agree(describe(first))
+            self._layout.transport.asks = self._ghosts.question
         if isinstance(first, Mix):
             return self._mix(requests, first.matrix)
         if isinstance(first, Gather):

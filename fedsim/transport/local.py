@@ -11,6 +11,7 @@ class LocalTransport:
     """The only process: there is nobody to talk to."""
 
     kind, rank, size, moved, calls, waiting = "local", 0, 1, 0, 0, False
+    asks = (0, "")
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Do nothing; there are no peers."""
@@ -31,6 +32,10 @@ class LocalTransport:
     def abort(self, message: str) -> None:
         """Print the message and exit."""
         sys.exit(message)
+
+    def leaves_with_all(self, seconds: float) -> bool:
+        """There is nobody to wait for."""
+        return True
 
     def close(self) -> None:
         """Do nothing."""

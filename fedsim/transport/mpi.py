@@ -26,7 +26,8 @@ class MpiTransport:
         self._mpi: Any = MPI
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size, self.moved = self._comm.Get_rank(), self._comm.Get_size(), 0
-        self.calls, self.waiting = 0, False
+        self.calls, self.waiting, self.asks = 0, False, (0, "")
+        self._leaving = self._comm.Dup()  # nothing else travels on it, so that a mistake finds it clear
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Post all receives, then all sends, then wait for both."""
@@ -68,6 +69,15 @@ class MpiTransport:
         """Print the message once here and end all processes of the job."""
         print(message, file=sys.stderr, flush=True)
         self._comm.Abort(1)
+
+    def leaves_with_all(self, seconds: float) -> bool:
+        """Wait for the others, but not for ever: they may not have met the same mistake."""
+        request, end = self._leaving.Ibarrier(), time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
 
     def close(self) -> None:
         """Wait for all processes and free the communicator."""

@@ -32,7 +32,7 @@ class TorchTransport:
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), 0
-        self.calls, self.waiting = 0, False
+        self.calls, self.waiting, self.asks = 0, False, (0, "")
 
     @contextmanager
     def _waits(self) -> Iterator[None]:
@@ -88,6 +88,10 @@ class TorchTransport:
         """Print the message and end this process at once: torchrun then ends the others."""
         print(message, file=sys.stderr, flush=True)
         os._exit(1)
+
+    def leaves_with_all(self, seconds: float) -> bool:
+        """Return at once: torchrun ends the others when one ends with an error."""
+        return True
 
     def close(self) -> None:
         """Wait for all processes and end the group."""

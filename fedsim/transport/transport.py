@@ -17,6 +17,7 @@ class Transport(Protocol):
         kind: `local`, `mpi` or `torch`. rank, size: which of how many processes.
         moved: bytes that this process has sent so far.
         calls: how often it has exchanged anything. waiting: whether it waits for others at this moment.
+        asks: the number and the words of the request that it is at.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class Transport(Protocol):
     moved: int
     calls: int
     waiting: bool
+    asks: tuple[int, str]
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Send a buffer to each peer in `sends` and fill those in `receives`; all receives are posted first.
@@ -50,6 +52,10 @@ class Transport(Protocol):
 
     def abort(self, message: str) -> None:
         """End the whole job with a message; does not return where there are other processes."""
+        ...
+
+    def leaves_with_all(self, seconds: float) -> bool:
+        """Return whether all processes call this within so many seconds; true where the launcher ends the others."""
         ...
 
     def close(self) -> None:
