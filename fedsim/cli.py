@@ -161,6 +161,24 @@ def verify(
 
 
 @app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(help="The folder of a private run.")],
+    trials: Annotated[int, typer.Option(help="How many canaries to play; more certify more.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the canaries' sides and the noise.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Attack the mechanism of a private run: a certified lower bound on epsilon; exit code 1 where the claim breaks."""
+    from dataclasses import asdict
+
+    from fedsim.privacy.audit import audit_run
+
+    verdict = audit_run(folder, trials, seed)
+    print(json.dumps(asdict(verdict), indent=2) if as_json else verdict.text())
+    if verdict.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
 def rates(
     topology: Annotated[str, typer.Argument(help="A topology file, any graph file, or kind:parameters (torus:4,5).")],
     set_: Annotated[str, typer.Option("--set", help="total, node_rate or node_bandwidth.")] = "total",
@@ -331,6 +349,10 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     else:
         last = result.summary()["last"]
         print("  ".join(f"{name}={value:.6g}" for name, value in last.items() if value))
+    from fedsim.privacy.statement import statement
+
+    for line in statement(result.facts):
+        print(line)
     print(f"results  {result.folder}")
     for file in files:
         print(f"picture  {file}")

@@ -110,11 +110,13 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     The first runs are timed. When the rest would take long and cores are free, they go side by side, each in a
     process of its own; the results are the same.
     """
+    from fedsim.privacy.study import refuse_mixtures
     from fedsim.side_by_side import play_all, worth_it
 
     shared: dict[str, Any] = {}
     for scenario in {run.variant: run for run in reversed(study.runs)}.values():
         _observer(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
+    refuse_mixtures((run.variant or run.folder, run.privacy) for run in study.runs)
     if connected().rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         names = [scenario.folder for scenario in study.runs]
@@ -387,6 +389,12 @@ def _root(folder: str | Path | None, name: str, transport: Transport) -> Path:
 
 
 def _with_digest(study: StudyResult) -> StudyResult:
+    from fedsim.privacy.study import composed
+
+    privacy = composed([run.folder for run in study.runs])
+    if privacy is not None:
+        write_whole(study.folder / STUDY, _json({**study.facts, "privacy": privacy}))
+        study = StudyResult(study.folder)
     digests = [run.digest for run in study.runs if (run.folder / "run.json").exists()]
     if len(digests) == len(study.runs) and all(digests):
         write_whole(study.folder / STUDY, _json({**study.facts, "digest": combined(d for d in digests if d)}))

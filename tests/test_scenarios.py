@@ -19,6 +19,6 @@ def test_the_short_form_plays_and_leaves_a_readable_result(tmp_path, file):
     assert result.digest
     for run in result.runs:
         last = run.summary()["last"]
-        assert all(math.isfinite(value) for value in last.values())
+        assert all(math.isfinite(value) for name, value in last.items() if not name.startswith("epsilon"))
         json.dumps(run.summary())
     assert all(f.stat().st_size > 0 for f in result.plot())

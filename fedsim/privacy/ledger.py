@@ -162,6 +162,17 @@ class Ledger:
         found = {self._events(costs, worker) for worker in range(len(self.exposure))}
         return {a for a in found if not any(a != b and _less(a, b) for b in found)}
 
+    def bound(self) -> list[tuple[float, float, int]]:
+        """Return events (z, rate, how many) that no worker is in more of: per kind, those of the worker with most."""
+        every = [self._events(self._costs, worker) for worker in range(len(self.exposure))]
+        square = max((sum(count / z**2 for z, rate, count in own if rate == 1) for own in every), default=0.0)
+        most: dict[tuple[float, float], int] = {}
+        for own in every:
+            for z, rate, count in own:
+                if rate < 1:
+                    most[z, rate] = max(count, most.get((z, rate), 0))
+        return [*([(square**-0.5, 1.0, 1)] if square else []), *((z, r, c) for (z, r), c in most.items())]
+
     def _events(self, costs: Counter[tuple[float, float, int | None]], worker: int) -> Events:
         """Return the events that a worker is in; those without sampling are one Gaussian."""
         square, sampled = 0.0, Counter[tuple[float, float]]()
