@@ -51,6 +51,7 @@ class Watch:
         self._every = min(1.0, timeout / 4)
         self.on_failure: Callable[[str], None] = lambda message: None
         self.playing, self._done, self._lock = False, False, threading.Lock()
+        self._calls, self._stirred = 0, time.monotonic()  # rank 0: its calls, and when any rank last was not waiting
         self._peers = self._listen() if transport.rank == 0 else self._join()
         self._thread = threading.Thread(target=self._watch, name="fedsim watch", daemon=True)
         self._thread.start()
@@ -138,6 +139,8 @@ class Watch:
                     del self._peers[peer.rank]
             for peer in list(self._peers.values()):
                 self._judge(peer)
+            if self._transport.rank == 0:
+                self._judge_all()
 
     def _read(self, peer: _Peer) -> bool:
         """Take one sign; return whether the connection lives on."""
@@ -152,6 +155,9 @@ class Watch:
         now = time.monotonic()
         if progress != peer.progress or waits or not self.playing:
             peer.moved = now
+        if progress != peer.progress or not waits or not self.playing:
+            self._stirred = now
+        peer.asks = text if kind == ALIVE else peer.asks
         peer.progress, peer.seen, peer.said_bye = progress, now, kind == BYE
         if kind == FAILED:
             self._end_job(text, None)
@@ -181,6 +187,16 @@ class Watch:
                 peer,
             )
 
+    def _judge_all(self) -> None:
+        """End a job in which all wait for each other; only ranks that left each other's rounds can come to that."""
+        now, calls = time.monotonic(), self._transport.calls
+        if calls != self._calls or not self._transport.waiting or not self.playing:
+            self._calls, self._stirred = calls, now
+        if now - self._stirred > self._timeout:
+            asked = [f"rank {p.rank} in request {p.asks}" for p in self._peers.values()]
+            own = _words(self._transport.asks).decode()
+            self._end_job(f"all ranks wait for each other: rank 0 in request {own}, {', '.join(asked)}", None)
+
     def _end_job(self, message: str, culprit: _Peer | None) -> None:
         if self._done:
             return
@@ -209,6 +225,7 @@ class _Peer:
 
     def __init__(self, rank: int, connection: socket.socket, process: int, host: str) -> None:
         self.rank, self.connection, self.process, self.host = rank, connection, process, host
+        self.asks = ""
         self.progress, self.seen, self.moved, self.said_bye = -1, time.monotonic(), time.monotonic(), False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
