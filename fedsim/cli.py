@@ -116,6 +116,22 @@ def resume(
 
 
 @app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished live run.")], as_json: Json = False
+) -> None:
+    """Play the trace of a live run in one process; exit code 1 where the final state differs in a bit."""
+    from fedsim.replay import replay as play_again
+
+    found = play_again(folder)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{'the same bits' if found['same'] else 'another state'}: {found['digest']}")
+    if not found["same"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(
     scenario: ScenarioFile,
     overrides: Overrides = None,

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsim import registry
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
+from fedsim.engine import pace
 from fedsim.engine.layout import Layout
 from fedsim.errors import InputError
 from fedsim.job import connected
@@ -256,7 +257,9 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
     budget = (p.scenario.stop or {}).get("queries")
     budget = None if budget is None else int(budget)
     guard = guard_of(p)
-    return Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, budget, guard)
+    player = Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, budget, guard)
+    player.set_pace(pace.of(p.scenario.engine, p.layout.rank))
+    return player
 
 
 def _without_diagonal(matrix: Any) -> Any:
@@ -271,18 +274,15 @@ def _events(p: Prepared, x0: torch.Tensor) -> Player:
     from fedsim.engine.events import Events
 
     assert isinstance(p.algorithm, DynamicsAlgorithm | EventAlgorithm)
-    return Events(
-        p.algorithm,
-        p.setting,
-        p.problem,
-        p.layout,
-        p.setting.rates,
-        x0,
-        p.scenario.seed,
-        sampling=getattr(p.algorithm, "batch", None),
-        output=p.scenario.record.get("output", "flowed"),
-        player=p.scenario.engine.get("player", "auto"),
-    )
+    arguments = p.algorithm, p.setting, p.problem, p.layout, p.setting.rates, x0, p.scenario.seed
+    sampling, output = getattr(p.algorithm, "batch", None), p.scenario.record.get("output", "flowed")
+    if p.scenario.schedule.get("kind") == "live":
+        from fedsim.live.player import LiveEvents
+
+        speed = pace.of(p.scenario.engine, p.layout.rank) or pace.Pace()
+        unit = p.scenario.schedule.get("unit")
+        return LiveEvents(*arguments, unit=unit, pace=speed, sampling=sampling, output=output)
+    return Events(*arguments, sampling=sampling, output=output, player=p.scenario.engine.get("player", "auto"))
 
 
 def provenance(algorithm: Algorithm) -> dict[str, str]:

@@ -173,10 +173,10 @@ def run_one(
 
     try:
         with watched(float(scenario.engine["timeout"]), lost):
-            facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress)
+            facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress, root)
         facts["totals"] = counts_of_all(player.counts, layout)
         _write_queries(root, player, facts["totals"]["queries"], layout)
-        facts["digest"] = _digest(prepared, player)
+        facts["digest"] = final_digest(prepared, player)
         facts.update(player.facts())
         facts["wire_bytes"] = layout.transport.moved
         facts["status"] = "finished"
@@ -203,10 +203,11 @@ def _play(
     done: int,
     wall: float,
     progress: Progress | None,
+    root: Path,
 ) -> str:
     """Play, observe and checkpoint to the end; return what ended the run. All ranks take the same decisions."""
     with listening() as stopping:
-        return _play_on(p, player, observer, journal, done, wall, progress, stopping)
+        return _play_on(p, player, observer, journal, done, wall, progress, stopping, root)
 
 
 def _play_on(
@@ -218,8 +219,10 @@ def _play_on(
     wall: float,
     progress: Progress | None,
     stopping: Stopping,
+    root: Path,
 ) -> str:
     from fedsim.algorithms.algorithm import SyncAlgorithm
+    from fedsim.live.player import LiveEvents
 
     s, layout, rounds = p.scenario, p.layout, isinstance(p.algorithm, SyncAlgorithm)
     horizon = float(s.schedule["horizon"])
@@ -227,8 +230,10 @@ def _play_on(
     next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
         clock = time.perf_counter()
-        stopped = stopping.advance(player, target, layout, whole=rounds)
+        stopped = stopping.advance(player, target, layout, whole=rounds, pieces=not isinstance(player, LiveEvents))
         wall = of_rank_0(wall + time.perf_counter() - clock, layout)
+        if isinstance(player, LiveEvents):
+            player.write_trace(root)
         if stopped:
             _checkpoint(player, journal, wall, layout)
             raise Stopped("stopped after a checkpoint, as asked; `fedsim resume` goes on from it")
@@ -357,7 +362,7 @@ def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
     return {"non_private": {"columns": list(observer.names), "note": "computed on the data, outside of the guarantee"}}
 
 
-def _digest(p: Prepared, player: Player) -> str | None:
+def final_digest(p: Prepared, player: Player) -> str | None:
     """Return the run's digest on rank 0: rows travel as their hashes."""
     final, layout, names = player.final(), p.layout, player.row_names
     rows = {

@@ -443,10 +443,13 @@ def _check_schedule(sections: dict[str, Any], base: Path, live: Live | None, mis
         return
     sync = issubclass(cls, SyncAlgorithm)
     needed, name = ("rounds" if sync else "poisson"), getattr(cls, "kind", cls.__name__)
-    if schedule.get("kind", needed) != needed:
+    live_time = schedule.get("kind") == "live" and not sync
+    if schedule.get("unit") is not None and not live_time:
+        mistakes.add(("schedule", "unit"), "only live time has a unit in seconds; give kind: live")
+    if schedule.get("kind", needed) != needed and not live_time:
         what = "in rounds" if sync else "by events"
         mistakes.add(("schedule", "kind"), f"{schedule['kind']!r} given, but {name} works {what}: {needed} is needed")
-    schedule["kind"] = needed
+    schedule["kind"] = "live" if live_time else needed
     if sync and not isinstance(schedule.get("horizon"), str) and float(schedule.get("horizon", 1)) % 1:
         mistakes.add(("schedule", "horizon"), f"{schedule['horizon']} given, a whole number of rounds needed")
     unused = "rates" if sync else "mixing"

@@ -32,12 +32,17 @@ class Schedule:
     """What happens when.
 
     Attributes:
-        kind: rounds (synchronous algorithms) or poisson (asynchronous ones); follows from the algorithm.
-        horizon: number of rounds, or units of virtual time (one gradient per node and unit).
+        kind: rounds (synchronous algorithms), poisson (asynchronous ones, virtual time) or live (asynchronous ones,
+        real
+            clocks); by default what the algorithm needs, in virtual time.
+        horizon: number of rounds, or units of time (one gradient per node and unit).
+        unit: of live time, seconds; default: what one gradient of each node takes, or longer where the transport could
+            not keep the gossip rates.
     """
 
     horizon: Positive
-    kind: Literal["rounds", "poisson"] | None = None
+    kind: Literal["rounds", "poisson", "live"] | None = None
+    unit: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Engine:
         device: cpu.
         player: of events: auto, kernel (compiled), waves (batched gradients) or plain (one by one).
         timeout: seconds after which a silent process ends the job.
+        gradient_seconds: what every gradient is stretched to, to show what heavy models would do; real time only.
+        slow: how many times slower some ranks are made, `{1: 5}`: stragglers; real time only.
     """
 
     transport: Literal["auto", "local", "mpi", "torch"] = "auto"
@@ -81,6 +88,8 @@ class Engine:
     device: Literal["cpu"] = "cpu"
     player: Literal["auto", "kernel", "waves", "plain"] = "auto"
     timeout: Positive = 120.0
+    gradient_seconds: Positive | None = None
+    slow: dict[int, Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None = None
 
 
 COSTS = (

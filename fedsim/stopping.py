@@ -38,12 +38,15 @@ class Stopping:
             raise KeyboardInterrupt
         self.asked = True
 
-    def advance(self, player: Player, until: float, layout: Layout, whole: bool) -> bool:
+    def advance(self, player: Player, until: float, layout: Layout, whole: bool, pieces: bool = True) -> bool:
         """Play up to `until`; return True where the ranks were asked to stop on the way.
 
         Args:
-            whole: pieces are whole rounds.
+            whole: pieces are whole rounds. pieces: False: `until` is one piece (live time would stand still between).
         """
+        if not pieces:
+            player.advance(until)
+            return self._look(layout, whole)
         self._piece = self._piece or (1.0 if whole else (until - player.now) / 64)
         while player.now < until:
             before, room = player.now, self._piece - self._since

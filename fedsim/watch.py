@@ -84,7 +84,7 @@ class Watch:
         with socket.create_server(("", 0), backlog=self._transport.size) as server:
             server.settimeout(REACH)
             port = server.getsockname()[1]
-            note = b"\n".join([token.hex().encode(), str(port).encode(), self._host.encode(), *_addresses(self._host)])
+            note = b"\n".join([token.hex().encode(), str(port).encode(), self._host.encode(), *addresses(self._host)])
             self._transport.broadcast(np.frombuffer(note, np.uint8))
             peers: dict[int, _Peer] = {}
             end = time.monotonic() + REACH
@@ -92,7 +92,7 @@ class Watch:
                 with contextlib.suppress(OSError, struct.error):
                     connection, _ = server.accept()
                     connection.settimeout(2.0)
-                    given, rank, process, host = HELLO.unpack(_exactly(connection, HELLO.size))
+                    given, rank, process, host = HELLO.unpack(exactly(connection, HELLO.size))
                     if not secrets.compare_digest(given, token) or not 0 < rank < self._transport.size:
                         connection.close()
                         continue
@@ -104,7 +104,7 @@ class Watch:
         note = self._transport.broadcast(None).tobytes().split(b"\n")
         token, port, host = bytes.fromhex(note[0].decode()), int(note[1]), note[2].decode()
         places = ["127.0.0.1"] if host == self._host else [host, *(place.decode() for place in note[3:])]
-        connection = next((c for place in places if (c := _connect(place, port))), None)
+        connection = next((c for place in places if (c := connect(place, port))), None)
         if connection is not None:
             hello = HELLO.pack(token, self._transport.rank, os.getpid(), self._host.encode()[:64])
             connection.sendall(hello)
@@ -145,8 +145,8 @@ class Watch:
     def _read(self, peer: _Peer) -> bool:
         """Take one sign; return whether the connection lives on."""
         try:
-            kind, progress, waits, length = SIGN.unpack(_exactly(peer.connection, SIGN.size))
-            text = _exactly(peer.connection, length).decode(errors="replace") if 0 < length <= MOST else ""
+            kind, progress, waits, length = SIGN.unpack(exactly(peer.connection, SIGN.size))
+            text = exactly(peer.connection, length).decode(errors="replace") if 0 < length <= MOST else ""
         except (OSError, struct.error):
             if not self._done:
                 time.sleep(self._every / 4)  # a launcher that ends the job itself is given the time
@@ -234,7 +234,7 @@ def _words(asks: tuple[int, str]) -> bytes:
     return f"{asks[0]} {asks[1]}".encode()[:MOST]
 
 
-def _addresses(host: str) -> list[bytes]:
+def addresses(host: str) -> list[bytes]:
     """Return this host's IPv4 addresses but loopback, as its name and its routes give them."""
     found: dict[str, None] = {}
     with contextlib.suppress(OSError):
@@ -245,14 +245,14 @@ def _addresses(host: str) -> list[bytes]:
     return [place.encode() for place in found if not place.startswith("127.")]
 
 
-def _connect(place: str, port: int) -> socket.socket | None:
+def connect(place: str, port: int) -> socket.socket | None:
     try:
         return socket.create_connection((place, port), timeout=3.0)
     except OSError:
         return None
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def exactly(connection: socket.socket, size: int) -> bytes:
     """Return so many bytes; raises ConnectionError where the other end closes before."""
     parts = bytearray()
     while len(parts) < size:

@@ -298,13 +298,17 @@ class Events:
 
     def _all_edges(self, saved: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the clocks with the edges of all ranks; every rank sends those whose first end it holds."""
-        own = np.flatnonzero(self._row[self._ends[:, 0]] >= 0)
+        own = self._own_edges()
         places = [part.view(np.int64) for part in self._layout.transport.all_gather(as_bytes(own))]
         for name in ("edge_next", "edge_count"):
             parts = self._layout.transport.all_gather(as_bytes(saved[name][own]))
             for place, part in zip(places, parts, strict=True):
                 saved[name][place] = part.view(saved[name].dtype)
         return saved
+
+    def _own_edges(self) -> Ints:
+        """Return the edges whose clocks this rank saves: those whose first end it holds."""
+        return np.flatnonzero(self._row[self._ends[:, 0]] >= 0)
 
     def load(self, saved: dict[str, np.ndarray]) -> None:
         """Go back to what `save` returned, on the same scenario, after `start`."""

@@ -399,12 +399,19 @@ def read(state, table, room, i, t):  # pragma: no cover - compiled
 
 
 @lean
+def to_time(state, table, room, i, t):  # pragma: no cover - compiled
+    """Let row i flow to t."""
+    dim = len(room.x)
+    if _elapse(state, table, i, t, room.flow, 0):
+        _multiply(state.v, i * len(table.point) * dim, dim, room.flow, table.pattern, room.own, room.total)
+
+
+@lean
 def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
     """Begin an exchange with another rank: flow row i to t, and write what it sends to its place in `messages`."""
     dim = len(room.x)
     at = i * len(table.point) * dim
-    if _elapse(state, table, i, t, room.flow, 0):
-        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.total)
+    to_time(state, table, room, i, t)
     _weighted(room.x, table.message, state.v, at, dim, dim)
     _copy(messages, i * dim, room.x, 0, dim)
 

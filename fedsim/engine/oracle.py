@@ -17,6 +17,7 @@ from fedsim.privacy.clipping import Clip, clipped_sum
 from fedsim.problems.problem import Minibatch, Problem
 
 if TYPE_CHECKING:
+    from fedsim.engine.pace import Pace
     from fedsim.engine.streams import Streams
     from fedsim.problems.per_record import RecordGradients
 
@@ -34,6 +35,8 @@ class BlockOracle:
     `rows` of its methods is a mask `[n]` by node number, from a shared draw: nodes outside it compute nothing, are not
     charged, and get zeros.
     """
+
+    pace: Pace | None = None
 
     def __init__(
         self,
@@ -80,7 +83,10 @@ class BlockOracle:
             return self._gradient_of_some(x, batch, np.flatnonzero(rows[self.nodes]))
         self._counts.gradients += len(self.nodes)
         self._counts.samples += self._all_records if batch is None else batch.records
-        return self._gradient_of(x, self.nodes, batch)
+        if self.pace is None:
+            return self._gradient_of(x, self.nodes, batch)
+        with self.pace.stretched(len(self.nodes)):
+            return self._gradient_of(x, self.nodes, batch)
 
     def _gradient_of(self, x: torch.Tensor, nodes: NDArray[np.int64], batch: Minibatch | None) -> torch.Tensor:
         if len(nodes) > 1:

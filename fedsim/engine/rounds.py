@@ -17,6 +17,7 @@ from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
 from fedsim.engine.oracle import BlockOracle
+from fedsim.engine.pace import Pace
 from fedsim.engine.queries import Spent
 from fedsim.engine.sampling import check
 from fedsim.engine.streams import RoundDraws, Streams
@@ -71,6 +72,11 @@ class Rounds:
         self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
         self._states: list[Any] = []
         self._round = 0
+
+    def set_pace(self, pace: Pace | None) -> None:
+        """Have every gradient last as long as a pace says; None: as fast as it can."""
+        for oracle in self._oracles:
+            oracle.pace = pace
 
     @property
     def now(self) -> float:

@@ -1,0 +1,1 @@
+"""Real clocks: gradients as fast as ranks compute them, gossip by ordered offers, a trace that replays to the bit."""

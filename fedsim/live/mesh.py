@@ -1,0 +1,143 @@
+"""TCP connections between the ranks that share edges: made once, opened by a token, fixed frames, no pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.errors import RunError
+from fedsim.transport.transport import Transport
+from fedsim.watch import addresses, connect, exactly
+
+HELLO = struct.Struct("<32si")
+FRAME = struct.Struct("<ciqq")  # kind, edge, number of the offer, depth
+OFFER, ANSWER, QUIET = b"o", b"a", b"q"
+REACH = 20.0  # seconds in which all connections must stand
+
+
+class Frame(NamedTuple):
+    """One message between nodes: `m [dim]`, nothing where a rank says that it is quiet."""
+
+    kind: bytes
+    edge: int
+    number: int
+    depth: int
+    m: NDArray
+
+
+class Mesh:
+    """This rank's connections.
+
+    Args:
+        peers: the ranks that share an edge with this one. dim, dtype: of a message.
+    """
+
+    def __init__(self, transport: Transport, peers: list[int], dim: int, dtype: np.dtype) -> None:
+        self._rank, self._dim, self._dtype = transport.rank, dim, dtype
+        self._size = FRAME.size + dim * dtype.itemsize
+        self.sent = 0
+        self._selector = selectors.DefaultSelector()
+        self._connections = self._connect(transport, peers)
+        self._parts = {rank: bytearray() for rank in self._connections}
+        for rank, connection in self._connections.items():
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(30.0)
+            self._selector.register(connection, selectors.EVENT_READ, rank)
+
+    @property
+    def peers(self) -> list[int]:
+        """The ranks at the other ends."""
+        return list(self._connections)
+
+    def send(self, rank: int, frame: Frame) -> None:
+        """Send a frame; blocks while the peer's buffer is full."""
+        body = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
+        self.sent += self._size if frame.kind != QUIET else FRAME.size
+        try:
+            self._connections[rank].sendall(body if frame.kind == QUIET else body + frame.m.tobytes())
+        except OSError as error:
+            raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
+
+    def arrived(self, wait: float) -> Iterator[tuple[int, Frame]]:
+        """Block for at most `wait` seconds, then yield (rank, frame) of what has come.
+
+        Raises:
+            RunError: a connection is closed, or what came is no frame.
+        """
+        for key, _ in self._selector.select(max(wait, 0.0)):
+            rank, parts = key.data, self._parts[key.data]
+            try:
+                part = self._connections[rank].recv(1 << 20)
+            except OSError as error:
+                raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
+            if not part:
+                raise RunError(f"rank {rank} is gone in the middle of a live run")
+            parts += part
+            yield from ((rank, frame) for frame in self._frames(rank, parts))
+
+    def _frames(self, rank: int, parts: bytearray) -> Iterator[Frame]:
+        while len(parts) >= FRAME.size:
+            kind, edge, number, depth = FRAME.unpack_from(parts)
+            if kind not in (OFFER, ANSWER, QUIET):
+                raise RunError(f"rank {rank} sent something that is no message of a live run")
+            size = FRAME.size if kind == QUIET else self._size
+            if len(parts) < size:
+                return
+            m = np.frombuffer(bytes(parts[FRAME.size : size]), self._dtype)
+            del parts[:size]
+            yield Frame(kind, edge, number, depth, m)
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in self._connections.values():
+            connection.close()
+        self._selector.close()
+
+    def _connect(self, transport: Transport, peers: list[int]) -> dict[int, socket.socket]:
+        """Every rank listens; of each pair the higher one calls. Addresses and token travel through the launcher."""
+        token = transport.broadcast(np.frombuffer(secrets.token_bytes(32), np.uint8) if self._rank == 0 else None)
+        host = socket.gethostname()
+        with socket.create_server(("", 0), backlog=max(1, transport.size)) as server:
+            port = server.getsockname()[1]
+            note = b"\n".join([str(port).encode(), host.encode(), *addresses(host)])
+            notes = [part.tobytes() for part in transport.all_gather(np.frombuffer(note, np.uint8))]
+            found = {rank: self._call(rank, notes[rank], host, token.tobytes()) for rank in peers if rank < self._rank}
+            found |= self._answer(server, {rank for rank in peers if rank > self._rank}, token.tobytes())
+        return found
+
+    def _call(self, rank: int, note: bytes, host: str, token: bytes) -> socket.socket:
+        port, name, *places = note.split(b"\n")
+        tries = ["127.0.0.1"] if name.decode() == host else [name.decode(), *(place.decode() for place in places)]
+        for place in tries:
+            connection = connect(place, int(port))
+            if connection is not None:
+                connection.sendall(HELLO.pack(token, self._rank))
+                return connection
+        raise RunError(f"rank {self._rank} cannot reach rank {rank} by TCP at {', '.join(tries)}, port {int(port)}")
+
+    def _answer(self, server: socket.socket, missing: set[int], token: bytes) -> dict[int, socket.socket]:
+        found, end = {}, time.monotonic() + REACH
+        while missing:
+            server.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                raise RunError(f"rank {self._rank} was not called by rank {min(missing)} in {REACH:g} s") from None
+            with contextlib.suppress(OSError):
+                connection.settimeout(2.0)
+                given, rank = HELLO.unpack(exactly(connection, HELLO.size))
+                if secrets.compare_digest(given, token) and rank in missing:
+                    found[rank] = connection
+                    missing.discard(rank)
+                    continue
+            connection.close()  # a stranger: no token, or no rank of this job
+        return found

@@ -1,0 +1,76 @@
+"""What happens to a node in a live run and in its replay: the same compiled functions, hence the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from fedsim.engine.kernel import Scratch, State, Table, apply, begin, end, read, to_time
+
+READ, APPLY, OFFER, ACCEPT, ANSWER = 0, 1, 2, 3, 4
+"""Kinds of entries in a trace: a point is read, its gradient applied; an offer is made, accepted, answered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """The moves of one process's rows. `state.v` is flat; `messages [rows * dim]` holds what each row sent last."""
+
+    state: State
+    table: Table
+    room: Scratch
+    messages: NDArray
+
+    def read(self, row: int, t: float) -> NDArray:
+        """Flow to t and return the point at which the gradient is to be taken, `[dim]`."""
+        point = np.empty_like(self.room.x)
+        _read(self.state, self.table, self.room, row, t, point)
+        return point
+
+    def apply(self, row: int, t: float, gradient: NDArray) -> bool:
+        """Flow to t and add the gradient; return whether it is finite."""
+        return _apply(self.state, self.table, self.room, row, t, gradient)
+
+    def tell(self, row: int, t: float) -> tuple[NDArray, int]:
+        """Flow to t and return what the row sends `[dim]`, and its depth."""
+        dim = len(self.room.x)
+        _tell(self.state, self.table, self.room, row, t, self.messages)
+        return self.messages[row * dim : (row + 1) * dim], int(self.state.depth[row])
+
+    def end(self, row: int, t: float, edge: int, first: bool, theirs: NDArray, depth: int) -> bool:
+        """Flow to t and take what the other end sent; return whether it is finite.
+
+        Args:
+            first: whether the row is the edge's first end. theirs: `[dim]`. depth: the other end's when it sent.
+        """
+        return _end(self.state, self.table, self.room, row, t, edge, first, self.messages, theirs, depth)
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _read(state, table, room, i, t, point):  # pragma: no cover - compiled
+    read(state, table, room, i, t)
+    point[:] = room.x
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _apply(state, table, room, i, t, g):  # pragma: no cover - compiled
+    to_time(state, table, room, i, t)
+    room.g[:] = g
+    return apply(state, table, room, i)
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _tell(state, table, room, i, t, messages):  # pragma: no cover - compiled
+    begin(state, table, room, i, t, messages)
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _end(state, table, room, i, t, e, first, messages, theirs, depth):  # pragma: no cover - compiled
+    dim = len(room.x)
+    to_time(state, table, room, i, t)
+    mine = messages[i * dim : (i + 1) * dim]
+    room.g[:] = mine if first else theirs
+    room.x[:] = theirs if first else mine
+    return end(state, table, room, i, e, 1.0 if first else -1.0, depth)
