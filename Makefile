@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Making a virtual environment in $(VENV) (about a minute)..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint constraints.txt torch -e ".[mpi]"
+	@$(PIP) --constraint constraints.txt torch -e ".[mpi,dp]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed

@@ -107,9 +107,9 @@ class DIFF2GD(PrivateAlgorithm):
         p = setting.privacy
         if p is None or p.epsilon is None or not setting.rounds or self.clip_grad is None or self.clip_diff is None:
             return None
-        return advise(
-            p, setting.rounds, setting.dim, setting.unit_weight, self.clip_grad, self.clip_diff, float(self.eta)
-        )
+        share = None if self.refresh_share == "auto" else float(self.refresh_share)
+        weight, eta = setting.unit_weight, float(self.eta)
+        return advise(p, setting.rounds, setting.dim, weight, self.clip_grad, self.clip_diff, eta, share)
 
     def plan(self, setting: Setting) -> tuple[Planned, ...]:
         """Return refreshes (every T-th round, the first included) and differences."""

@@ -32,9 +32,20 @@ class Advice:
 
 
 def advise(
-    privacy: Privacy, rounds: int, dim: int, unit_weight: float, clip_grad: float, clip_diff: float, eta: float
+    privacy: Privacy,
+    rounds: int,
+    dim: int,
+    unit_weight: float,
+    clip_grad: float,
+    clip_diff: float,
+    eta: float,
+    refresh_share: float | None = None,
 ) -> Advice:
-    """Return period and split for a schedule of `rounds` at (epsilon, delta); `unit_weight` of one record."""
+    """Return period and split for a schedule of `rounds` at (epsilon, delta).
+
+    Args:
+        unit_weight: largest weight of one record. refresh_share: where it is given; None: the split is advised, too.
+    """
     assert privacy.epsilon is not None
     mu = mu_of(privacy.epsilon, privacy.delta)
     step = eta * privacy.factor * clip_diff * unit_weight  # noise of a difference over z2 and the gradient's length
@@ -42,12 +53,12 @@ def advise(
     def stable(share: float) -> float:
         return (1 - share) * mu**2 / (dim * rounds * step**2)
 
-    share, period = 0.8, 1
-    for _ in range(20):  # split and period depend on each other
+    share, period = refresh_share or 0.8, 1
+    for _ in range(0 if refresh_share else 20):  # split and period depend on each other
         period = max(1, min(math.floor(stable(share) / 2), rounds // 10))
         share = _split(rounds, period, dim, mu, share, clip_grad, clip_diff, eta, privacy.factor * unit_weight)
     period = max(1, min(math.floor(stable(share) / 2), rounds // 10))
-    limit = stable(share if period > 1 else 0.8)
+    limit = stable(share if period > 1 or refresh_share else 0.8)
     if limit < 2:
         why = (
             f"DIFF2 cannot help here: the noise of differences would drive itself after {limit:.3g} rounds, so every"
@@ -56,7 +67,7 @@ def advise(
         return Advice(limit, 1, 1.0, False, why)
     why = (
         f"T = {period}: half the stable period {limit:.3g}, at most a tenth of {rounds} rounds;"
-        f" {share:.2f} of the budget for refreshes balances the errors of a stage"
+        f" {share:.2f} of the budget for refreshes {'as given' if refresh_share else 'balances the errors of a stage'}"
     )
     return Advice(limit, period, share, period > 1, why)
 

@@ -33,6 +33,7 @@ class ModuleProblem(Problem):
     """
 
     kind = "module"
+    common_start = True
 
     def __init__(
         self, model: torch.nn.Module, data: Data, parts: list[np.ndarray], loss: str, l2: float, weights: str
