@@ -14,7 +14,12 @@ SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda f: f.stem)
 def test_the_short_form_plays_and_leaves_a_readable_result(tmp_path, file):
     """The short form ends finished, with finite metrics, a digest and a picture."""
-    result = fedsim.run(file, short=True, folder=tmp_path / "out")
+    try:
+        result = fedsim.run(file, short=True, folder=tmp_path / "out")
+    except fedsim.InputError as error:
+        if "fedsim data get" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert result.status == "finished"
     assert result.digest
     for run in result.runs:
