@@ -1,0 +1,183 @@
+"""Real clocks: what runs live replays to the bit, keeps what the flow conserves, and resumes."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+from launching import launch, needs_mpi
+
+import fedsim
+from fedsim.errors import InputError, RunError
+from fedsim.live.mesh import FRAME, Mesh
+from fedsim.live.trace import FOLDER
+from fedsim.replay import replay
+
+LIVE = {
+    "name": "live",
+    "topology": {"kind": "ring", "n": 7},
+    "problem": {"kind": "ridge", "l2": 0.5, "data": {"kind": "diabetes", "normalise": "columns"}},
+    "start": {"kind": "normal"},
+    "algorithm": {"kind": "dadao"},
+    "schedule": {"kind": "live", "horizon": 60},
+    "record": {"every": 15},
+    "checkpoint": {"every": 30},
+    "engine": {"gradient_seconds": 0.002, "timeout": 60},
+}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(json.dumps(LIVE))
+    return tmp_path / "s.yaml"
+
+
+ALGORITHMS = {
+    "dadao": [],
+    "a2cid2": ["algorithm={kind: a2cid2, step: 0.02, momentum: 0.5, batch: {size: 4}}"],
+    "gossip_sgd": ["algorithm={kind: gossip_sgd, step: 0.02, batch: {size: 3, kind: epoch}}"],
+    "averaging": ["algorithm.kind=randomised_gossip", "problem={kind: consensus, dim: 4}", "schedule.unit=0.002"],
+    "network": [
+        "problem={kind: module, model: mlp, hidden: [5], data: {kind: iris, normalise: columns}}",
+        "algorithm={kind: gossip_sgd, step: 0.02, batch: {size: 3}}",
+        "start={kind: problem}",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_process_replays_to_the_bit(file, name):
+    """A live run of one process (its nodes still meet by offers) has the digest of its replay, costs included."""
+    result = fedsim.run(file, overrides=ALGORITHMS[name], folder="out")
+    found = replay(result.folder)
+    assert found["same"]
+    assert found["digest"] == result.digest
+    assert found["totals"]["communications"] > 0
+
+
+@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+def test_ranks_replay_to_the_bit(file, kind):
+    """Three ranks on real clocks: the merged trace gives the same state in one process; achieved rates are told."""
+    done = launch(kind, 3, "run", file, "--json", "--folder", "out", cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = launch("local", 1, "replay", "out", "--json", cwd=file.parent)
+    assert found.returncode == 0, found.stderr + found.stdout
+    printed = json.loads(found.stdout)
+    assert printed["digest"] == json.loads(done.stdout)["digest"]
+    live = fedsim.load(file.parent / "out").facts["live"]
+    assert live["ranks"] == 3
+    assert 0.5 < live["achieved"] < 1.5
+    assert sum(edge[3] for edge in live["edges"]) == printed["totals"]["communications"]
+
+
+def test_a_changed_trace_is_noticed(file):
+    """One time changed by a thousandth of a unit: another state, and exit code 1; one message misnamed: a torn trace."""
+    result = fedsim.run(file, folder="out")
+    place = sorted((result.folder / FOLDER).glob("*.npz"))[1]
+    with np.load(place) as part:
+        arrays = {name: part[name].copy() for name in part.files}
+    arrays["time"][0] += 1e-3
+    np.savez(place, **arrays)
+    assert not replay(result.folder)["same"]
+    done = launch("local", 1, "replay", "out", cwd=file.parent)
+    assert done.returncode == 1
+    arrays["number"][arrays["kind"] == 2] += 1
+    np.savez(place, **arrays)
+    with pytest.raises(RunError, match="torn"):
+        replay(result.folder)
+
+
+@needs_mpi
+def test_what_the_flow_conserves_is_conserved(file):
+    """A2CiD2 without gradients: the sum over nodes of x + x~ stays what it was, to rounding."""
+    start = ["algorithm.kind=accelerated_gossip", "problem={kind: consensus, dim: 4}", "schedule.unit=0.002"]
+    done = launch("mpi", 2, "run", file, *start, "start={kind: problem}", "--json", "--folder", "out", cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = (fedsim.load(file.parent / "out").metrics.iloc[k] for k in (0, -1))
+    assert last["consensus"] < 1e-3 * first["consensus"]
+    assert last["loss"] <= first["loss"] + 1e-9
+
+
+@needs_mpi
+def test_a_live_run_resumes_and_still_replays(file):
+    """Killed after a checkpoint and resumed on another number of ranks, the trace goes on; replay has its digest."""
+
+    def kill(name, now, horizon, row):
+        if now == 45:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(file, folder="out", progress=kill)
+    done = launch("mpi", 3, "resume", "out", "--json", cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = fedsim.load(file.parent / "out")
+    assert list(result.metrics["time"]) == [0, 15, 30, 45, 60]
+    assert replay(result.folder)["same"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm={kind: msda}"], "works in rounds"),
+        (["algorithm={kind: continuized}"], "primal gradients"),
+        (["schedule={kind: poisson, horizon: 5, unit: 0.1}"], "only live time has a unit"),
+    ],
+)
+def test_what_cannot_live_is_refused(file, overrides, message):
+    """Rounds, dual gradients, a unit of virtual time: refused by name."""
+    with pytest.raises(InputError, match=message):
+        fedsim.run(file, overrides=overrides, folder="out")
+
+
+def test_a_run_without_a_trace_is_not_replayed(file):
+    """Virtual time has no trace, and says so."""
+    fedsim.run(file, overrides=["schedule={kind: poisson, horizon: 5}"], folder="out")
+    with pytest.raises(InputError, match="not a finished live run"):
+        replay(file.parent / "out")
+
+
+class Pair:
+    """Two ranks in one process, for a mesh: what one broadcasts or gathers is what the test hands it."""
+
+    kind, size, moved, calls, waiting = "test", 2, 0, 0, False
+
+    def __init__(self, rank, token, notes):
+        self.rank, self._token, self._notes = rank, token, notes
+
+    def broadcast(self, buffer, root=0):
+        return np.frombuffer(self._token, np.uint8)
+
+    def all_gather(self, mine):
+        self._notes[self.rank] = mine
+        while len(self._notes) < 2:
+            pass
+        return [self._notes[0], self._notes[1]]
+
+
+def test_strangers_and_nonsense_are_refused():
+    """A connection without the token is closed; bytes that are no frame end the run."""
+    import threading
+
+    notes, token, meshes = {}, b"t" * 32, {}
+    threads = [
+        threading.Thread(target=lambda r=r: meshes.update({r: Mesh(Pair(r, token, notes), [1 - r], 3, np.dtype("f8"))}))
+        for r in (0, 1)
+    ]
+    threads[0].start()
+    while 0 not in notes:
+        pass
+    port = int(notes[0].tobytes().split(b"\n")[0])
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"x" * 36)
+        threads[1].start()
+        for thread in threads:
+            thread.join(20)
+        assert stranger.recv(1) == b""
+    meshes[1]._connections[0].sendall(FRAME.pack(b"?", 0, 0, 0))
+    with pytest.raises(RunError, match="no message of a live run"):
+        list(meshes[0].arrived(2.0))
+    meshes[1].close()
+    with pytest.raises(RunError, match="gone in the middle"):
+        list(meshes[0].arrived(2.0))
+    meshes[0].close()
