@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 from fedsim.errors import InputError
@@ -48,6 +49,15 @@ def choose(wanted: str = "auto", environment: Mapping[str, str] | None = None) -
     return wanted
 
 
+def _refuse_strangers(size: int, started: int) -> None:
+    """Refuse processes that a launcher started together and MPI does not connect: each would be a whole job."""
+    if started > 1 and size == 1:
+        raise InputError(
+            f"the launcher started {started} processes, and the MPI library that mpi4py loads connects none of them: they"
+            " are of two MPIs (or, under srun, --mpi=pmix or pmi2 is missing); `fedsim doctor` names the fix"
+        )
+
+
 def connect(wanted: str = "auto", timeout: float = 120.0) -> Transport:
     """Return the transport of this process, connected; says which won when two launchers are present."""
     kind = choose(wanted)
@@ -59,8 +69,10 @@ def connect(wanted: str = "auto", timeout: float = 120.0) -> Transport:
         from fedsim.transport.mpi import MpiTransport
 
         made = MpiTransport()
+        _refuse_strangers(made.size, found()["mpi"])
     else:
         made = LocalTransport()
     if len(found()) > 1 and made.rank == 0:
-        print(f"fedsim: both torchrun and MPI are present; {kind} is used (engine.transport chooses)")
+        won = "torchrun" if kind == "torch" else "MPI" if kind == "mpi" else "neither"
+        print(f"fedsim: both torchrun and MPI are present; {won} is used (engine.transport chooses)", file=sys.stderr)
     return made

@@ -58,7 +58,7 @@ class TorchTransport:
             self._dist.all_gather(lengths, torch.tensor([mine.nbytes]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: mine.nbytes] = torch.from_numpy(np.ascontiguousarray(mine))
+        padded[: mine.nbytes] = _to_send(np.ascontiguousarray(mine))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         with self._waits():
             self._dist.all_gather(parts, padded)
@@ -69,7 +69,7 @@ class TorchTransport:
         """Send all parts and receive all parts in one collective (`all_to_all_single`)."""
         arrived = torch.empty(sum(expected), dtype=torch.uint8)
         with self._waits():
-            self._dist.all_to_all_single(arrived, torch.from_numpy(sends), expected, lengths)
+            self._dist.all_to_all_single(arrived, _to_send(sends), expected, lengths)
         self.moved += sum(lengths) - lengths[self.rank]
         return arrived.numpy()
 
