@@ -293,7 +293,7 @@ def test_too_bold_compression_is_reported_as_divergence():
     from fedsim.errors import Diverged
 
     bold = CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 1}, gamma_x=1.0, gamma_y=1.0)
-    with pytest.raises(Diverged):
+    with pytest.warns(UserWarning, match=r"gamma = 1 with .* delta = 0.167 may diverge"), pytest.raises(Diverged):
         played(bold, 100_000, watch=lambda k, s: None)
 
 

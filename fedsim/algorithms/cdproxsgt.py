@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -21,6 +22,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Spec = str | dict[str, Any]
 TOP = {"kind": "top_k", "ratio": 0.3}
+BOLD, COARSE = 0.5, 0.2  # gammas above with deltas below are known to overflow
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,18 @@ class Compressed(SyncAlgorithm):
         return {"_x": x, "_y": x if other is None else build(other, "compress_y")}
 
     def resolve(self, setting: Setting) -> Any:
-        """Build the compressors for the model's tensors; refuse what has no mixing matrix."""
+        """Build the compressors for the model's tensors; refuse what has no mixing matrix, warn of bold gossip."""
         setting.require(self.kind, "edges", "mixing")
-        return self.derived(**self._compressors(), _sizes=tuple(setting.tensor_sizes))
+        made, sizes = self._compressors(), tuple(setting.tensor_sizes)
+        gamma = max(getattr(self, name, 0.0) for name in ("gamma", "gamma_x", "gamma_y"))
+        delta = min(made[name].quality(sizes).delta or 1.0 for name in ("_x", "_y"))
+        if gamma > BOLD and delta < COARSE:
+            warnings.warn(
+                f"{self.kind}: gamma = {gamma:g} with a compressor that keeps delta = {delta:.3g} may diverge;"
+                f" {BOLD:g} or less is safer",
+                stacklevel=2,
+            )
+        return self.derived(**made, _sizes=sizes)
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return step, rho, and what the compressors keep."""
