@@ -72,7 +72,7 @@ def test_ranks_replay_to_the_bit(file, kind):
 
 
 def test_a_changed_trace_is_noticed(file):
-    """One time changed by a thousandth of a unit: another state, and exit code 1; one message misnamed: a torn trace."""
+    """One time changed by a thousandth: another state, exit code 1; one message misnamed: a torn trace."""
     result = fedsim.run(file, folder="out")
     place = sorted((result.folder / FOLDER).glob("*.npz"))[1]
     with np.load(place) as part:
