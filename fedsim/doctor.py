@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ PACKAGES = ("fedsim", "torch", "numpy", "scipy", "numba", "networkx", "cvxpy", "
 
 def examine() -> dict[str, Any]:
     """Return versions, machine, solvers, launchers, and a list of problems with the fix for each."""
+    from fedsim.doctor_jobs import examine_jobs
     from fedsim.engine.machine import prepare
     from fedsim.topology.semidefinite import installed_solvers
 
@@ -28,6 +28,8 @@ def examine() -> dict[str, Any]:
         problems.append(f"the cache {cache} is not writable: set FEDSIM_CACHE to a folder that is")
     if not _writable(Path(os.environ.get("NUMBA_CACHE_DIR", Path(__file__).parent))):
         problems.append("compiled kernels cannot be kept: set NUMBA_CACHE_DIR to a writable folder")
+    jobs = examine_jobs()
+    problems += jobs.pop("problems")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -37,19 +39,22 @@ def examine() -> dict[str, Any]:
         "solvers": installed_solvers(),
         "cache": str(cache),
         "launchers": {name: shutil.which(name) for name in ("mpirun", "mpiexec", "torchrun", "srun")},
-        "mpi4py": importlib.util.find_spec("mpi4py") is not None,
+        "jobs": jobs,
         "problems": problems,
     }
 
 
 def report(facts: dict[str, Any]) -> str:
     """Return the facts as lines."""
+    from fedsim.doctor_jobs import report_jobs
+
     lines = [f"python {facts['python']} on {facts['platform']}, {facts['cores']} cores"]
     lines += [f"  {name:<10} {v or 'missing'}" for name, v in facts["versions"].items()]
     lines.append(f"  settings   {', '.join(f'{k} = {v}' for k, v in facts['machine'].items())}")
     lines.append(f"  solvers    {', '.join(facts['solvers'])}")
     lines.append(f"  cache      {facts['cache']}")
     lines += [f"  {name:<10} {path or 'not found'}" for name, path in facts["launchers"].items()]
+    lines += report_jobs(facts["jobs"])
     lines += [f"problem: {text}" for text in facts["problems"]] or ["no problems found"]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def candidates() -> list[str]:
 def _mpi() -> tuple[str, ...]:
     tried = []
     for path in candidates():
-        start = (path, *_flags(path))
+        start = (path, *flags(path))
         found = probe(start)
         if found == 2:
             return start
@@ -53,11 +54,16 @@ def _mpi() -> tuple[str, ...]:
     )
 
 
-def probe(start: tuple[str, ...]) -> int | None:
+def probe(start: tuple[str, ...], settings: Mapping[str, str] | None = None) -> int | None:
     """Return how many processes two that this launcher starts see; None: it fails. A mismatched one sees 1."""
+    environment = {**os.environ, **(settings or {})}
     try:
         done = subprocess.run(
-            [*start, "-n", "2", sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=60
+            [*start, "-n", "2", sys.executable, "-c", PROBE],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -65,7 +71,7 @@ def probe(start: tuple[str, ...]) -> int | None:
     return sizes[0] if done.returncode == 0 and sizes else None
 
 
-def _flags(path: str) -> list[str]:
+def flags(path: str) -> list[str]:
     """Return what Open MPI asks for to start more processes than cores, and to be started by root."""
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
