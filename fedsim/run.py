@@ -246,7 +246,7 @@ def _play_on(
         }
         if journal:
             journal.observe(row)
-        _refuse_divergence(row, target)
+        _refuse_divergence(row, target, p.problem.has_composite)
         if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
         guard = getattr(player, "guard", None)
@@ -306,8 +306,11 @@ def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | Non
 _COUNTS = frozenset({"wall_seconds", *(field.name for field in fields(Counts))})
 
 
-def _refuse_divergence(row: dict[str, Any], target: float) -> None:
+def _refuse_divergence(row: dict[str, Any], target: float, constrained: bool) -> None:
+    """Raise Diverged where a number is none; the loss of a mean that a composite term forbids is infinite, rightly."""
     numbers = {name: v for name, v in row.items() if isinstance(v, float) and not name.startswith("epsilon")}
+    if constrained and numbers.get("loss") == math.inf:
+        del numbers["loss"]
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise Diverged(

@@ -1,5 +1,7 @@
 """Composite terms: prox against brute force, exact zeros, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,19 @@ def test_methods_without_a_prox_refuse_a_term(tmp_path, algorithm):
     """They would minimise another objective; the message names those that can."""
     with pytest.raises(InputError, match=r"has no prox and would minimise f without r; these have: .*dproxsgt"):
         fedsim.run({**GIVEN, "algorithm": algorithm}, folder=tmp_path / "out")
+
+
+def test_ones_own_constraint_may_forbid_the_start(tmp_path):
+    """A term in a file beside the scenario forbids the start, where the loss is infinite, and not the end."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport torch\nfrom fedsim.problems.composite import Term\n\n\n"
+        "@dataclass(frozen=True)\nclass Above(Term):\n    low: float\n\n"
+        "    def value(self, x):\n        return torch.where((x >= self.low).all(dim=1), 0.0, torch.inf)\n\n"
+        "    def prox(self, v, step):\n        return v.clamp(min=self.low)\n"
+    )
+    own = {"kind": "mine.py:Above", "low": 0.7}
+    scenario = {**GIVEN, "problem": {**GIVEN["problem"], "composite": own}, "record": {"every": 300}}
+    (tmp_path / "s.yaml").write_text(json.dumps(scenario))
+    losses = fedsim.run(tmp_path / "s.yaml", folder=tmp_path / "out").metrics["loss"]
+    assert losses.iloc[0] == np.inf
+    assert np.isfinite(losses.iloc[-1])
