@@ -32,7 +32,7 @@ def _pointer(_context: Any, _address: Any, like: Any = None) -> Any:
 
 
 @intrinsic
-def _fetch(_context: Any, _address: Any) -> Any:
+def _fetch(_context: Any, _address: Any = None) -> Any:
     """Ask for the line of memory at an address, without waiting for it."""
     from llvmlite import ir
 
