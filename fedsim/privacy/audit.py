@@ -188,7 +188,9 @@ class _Play:
     def _listen(self, release: Release, seen: NDArray[np.float64]) -> None:
         """Add what one release says of every canary: its value along the canary's sign, over noise and multiplier."""
         charge = release.charge
-        sign = np.sign(self._now - self._before) if charge.name == "difference" else 1.0
+        sign: Any = -1.0 if charge.name == "model" else 1.0  # models move against gradients
+        if charge.name == "difference":
+            sign = np.sign(self._now - self._before)
         value = seen[self._rows, np.arange(len(self._rows))]
         if self._local:
             noise: Any = self._guard.message_deviations(charge, release.radius)[self._rows]

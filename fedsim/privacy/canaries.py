@@ -46,9 +46,9 @@ class Canaries(Problem):
         return HUGE * (OFFSET + x)
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
-        """Return the gradient of whole workers as canaries, `[rows, m]`."""
+        """Return whole workers' gradients as canaries, `[rows, m]`: constant, so that local steps keep the sign."""
         mine = torch.from_numpy(self.owners[None] == np.asarray(nodes)[:, None])
-        return mine * self.side * self.raw(x)
+        return mine * self.side * HUGE
 
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return 0: nobody looks."""

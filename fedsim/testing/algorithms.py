@@ -182,8 +182,8 @@ class _Watched:
     def answer(self, requests: list[Request]) -> list[Any]:
         self.refuse_modified()
         answers = self._network.answer(requests)
-        tensors = [a if isinstance(a, torch.Tensor) else a.values for a in answers]
-        self._given = [(type(requests[0]).__name__, t, t._version) for t in tensors]
+        tensors = [a if isinstance(a, torch.Tensor) else getattr(a, "values", None) for a in answers]
+        self._given = [(type(requests[0]).__name__, t, t._version) for t in tensors if torch.is_tensor(t)]
         return answers
 
     def refuse_modified(self) -> None:
