@@ -1,11 +1,13 @@
-"""Can this installation start jobs of several processes? Each launcher is tried; what does not fit gets its exact fix."""
+"""Can this installation start jobs of several processes? Each launcher is tried; what does not fit gets its fix."""
 
 from __future__ import annotations
 
 import ctypes.util
+import glob
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fedsim.errors import InputError
 from fedsim.launchers import candidates, command, flags, probe
 
 LIBRARY = "from mpi4py import MPI; print(MPI.Get_library_version().strip().splitlines()[0][:80])"
+SYSTEM = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib64/mpich/lib")
 INSTALL = "pip install 'fedsim[mpi]' (brings mpi4py and an MPI), or the system's MPI and pip install mpi4py"
 
 
@@ -28,7 +31,7 @@ class Launcher:
 
 
 def examine_jobs() -> dict[str, Any]:
-    """Return the MPI library, every launcher tried, exchanges measured on MPI and torch, and problems with their fix."""
+    """Return the MPI library, every launcher tried, exchanges measured on MPI and torch, and problems with fixes."""
     facts: dict[str, Any] = {"library": _library(), "mpi": None, "torch": None, "launchers": [], "problems": []}
     if facts["library"] is None:
         facts["problems"].append(f"mpi4py finds no MPI, so mpirun cannot be used (torchrun can): {INSTALL}")
@@ -71,7 +74,8 @@ def _library() -> str | None:
 def _try(path: str) -> Launcher:
     done = _quietly([path, "--version"])
     said = "" if done is None else done.stdout
-    words = next((line.strip() for line in said.splitlines() if "ersion" in line or "MPI" in line), "unknown")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    words = next((line for line in lines if "Version" in line or "MPI" in line), lines[0] if lines else "unknown")
     start = (path, *flags(path))
     sees = probe(start)
     return Launcher(path, " ".join(words.split()), sees, None if sees == 2 else _fix(start, said))
@@ -84,6 +88,19 @@ def _fix(start: tuple[str, ...], said: str) -> str | None:
         settings = {"MPI4PY_MPIABI": family, "MPI4PY_LIBMPI": library}
         if probe(start, settings) == 2:
             return "export " + " ".join(f"{k}={v}" for k, v in settings.items())
+    return _renamed(start) if family == "mpich" else None
+
+
+def _renamed(start: tuple[str, ...]) -> str | None:
+    """Return how Debian's MPICH is used, tried: its library is called libmpich.so.12, mpi4py asks for libmpi.so.12."""
+    for library in sorted(found for folder in SYSTEM for found in glob.glob(f"{folder}/libmpich.so.12")):
+        with tempfile.TemporaryDirectory() as place:
+            (Path(place) / "libmpi.so.12").symlink_to(library)
+            if probe(start, {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": place}) == 2:
+                return (
+                    f"mkdir -p ~/.local/lib/mpich; ln -s {library} ~/.local/lib/mpich/libmpi.so.12;"
+                    " export MPI4PY_MPIABI=mpich LD_LIBRARY_PATH=~/.local/lib/mpich"
+                )
     return None
 
 

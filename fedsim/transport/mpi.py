@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.errors import InputError
 from fedsim.transport.transport import Bytes
 
 NAP = 20e-6  # seconds between looks while waiting: a spinning wait would take the core that the peer needs
@@ -21,8 +22,13 @@ class MpiTransport:
     kind = "mpi"
 
     def __init__(self) -> None:
-        from mpi4py import MPI
-
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise InputError(
+                f"this process was started by an MPI launcher, and mpi4py cannot be loaded ({error}): pip install"
+                " 'fedsim[mpi]'; `fedsim doctor` says what is there"
+            ) from error
         self._mpi: Any = MPI
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size, self.moved = self._comm.Get_rank(), self._comm.Get_size(), 0
