@@ -111,7 +111,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     process of its own; the results are the same.
     """
     from fedsim.privacy.study import refuse_mixtures
-    from fedsim.side_by_side import play_all, worth_it
+    from fedsim.side_by_side import lay_out, play_all, worth_it
 
     shared: dict[str, Any] = {}
     for scenario in {run.variant: run for run in reversed(study.runs)}.values():
@@ -121,6 +121,8 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
         root.mkdir(parents=True, exist_ok=True)
         names = [scenario.folder for scenario in study.runs]
         write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
+        for scenario in study.runs:
+            lay_out(scenario, root / scenario.folder)
     failures, waiting, clock = [], list(study.runs), time.perf_counter()
     while waiting:
         done = len(study.runs) - len(waiting)

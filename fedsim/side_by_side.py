@@ -34,11 +34,9 @@ def worth_it(seconds: float, done: int, waiting: int) -> bool:
 def play_all(runs: Sequence[Scenario], root: Path, progress: Callable[..., Any] | None) -> list[str]:
     """Play the runs, each into its folder in `root`; return a line for each that diverged or failed.
 
-    A run is started as `fedsim resume FOLDER` on a folder that waits, so that a killed study can be resumed.
+    A run is started as `fedsim resume FOLDER` on a folder that waits.
     """
     waiting, playing, failures = list(runs), {}, []
-    for scenario in runs:
-        _lay_out(scenario, root / scenario.folder)
     try:
         while waiting or playing:
             while waiting and len(playing) < free_cores():
@@ -55,7 +53,8 @@ def play_all(runs: Sequence[Scenario], root: Path, progress: Callable[..., Any] 
     return failures
 
 
-def _lay_out(scenario: Scenario, folder: Path) -> None:
+def lay_out(scenario: Scenario, folder: Path) -> None:
+    """Leave a folder that waits for its run, so that a study that is killed before it can be read and resumed."""
     files = RunFolder(folder)
     files.write_scenario(scenario.to_yaml())
     facts = {"status": "waiting", "variant": scenario.variant, "seed": scenario.seed, "base": str(scenario.base)}

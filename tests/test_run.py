@@ -329,3 +329,21 @@ def test_variants_that_cost_the_same_are_not_called_cheaper(tmp_path):
         "variants": {"one": {}, "two": {"engine.player": "waves"}},
     }
     assert what_was_saved(fedsim.run(given, folder=tmp_path / "tie"), "distance", "communications", 1e9) == ""
+
+
+def test_an_interrupted_study_is_read_and_resumed_to_its_own_digest(tmp_path):
+    """Stopped in its second run of three: it can be loaded, the third waits, and resume ends all with one digest."""
+    given = {**EVENTS, "seeds": 3}
+    (tmp_path / "s.yaml").write_text(json.dumps(given))
+    whole = fedsim.run(tmp_path / "s.yaml", folder=tmp_path / "whole")
+
+    def stop(name, now, horizon, row):
+        if name.endswith("1") and now == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(tmp_path / "s.yaml", folder=tmp_path / "out", progress=stop)
+    found = fedsim.load(tmp_path / "out")
+    assert [run.status for run in found.runs] == ["finished", "interrupted", "waiting"]
+    assert len(found.metrics) == 13 + 8
+    assert fedsim.resume(tmp_path / "out").digest == whole.digest

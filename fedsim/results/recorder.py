@@ -82,16 +82,14 @@ class Recorder:
 
 
 def read_metrics(folder: Path) -> pa.Table:
-    """Return the metrics of a run, finished or not.
-
-    Raises:
-        FileNotFoundError: there are no metrics in the folder.
-    """
+    """Return the metrics of a run, finished or not; an empty table where none are written yet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if (folder / PARQUET).exists() and not (folder / STREAM).exists():
         return pq.read_table(folder / PARQUET)
+    if not (folder / STREAM).exists():
+        return pa.table({})
     batches: list[pa.RecordBatch] = []
     with pa.OSFile(str(folder / STREAM), "rb") as source:
         try:
