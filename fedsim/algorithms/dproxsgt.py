@@ -91,7 +91,9 @@ class DProxSGT(SyncAlgorithm):
         h = s.y + g - s.g
         if self.tracker == "pre_mix":
             half = f.prox(s.x - eta * h, eta)
-            return TrackedState(await self._mix(half), await self._mix(h), g, half)
+            both = await self._mix(torch.cat([half, h], dim=1))  # neither waits for the other: one message
+            x, y = (part.contiguous() for part in both.tensor_split(2, dim=1))
+            return TrackedState(x, y, g, half)
         y = await self._mix(h)
         half = f.prox(s.x - eta * y, eta)
         return TrackedState(await self._mix(half), y, g, half)
