@@ -19,11 +19,13 @@ def check(
     overrides: Sequence[str] = (),
     short: bool = False,
     precision: float = 1e-6,
+    ranks: int | None = None,
 ) -> list[dict[str, Any]]:
     """Validate a scenario and return, per variant, what its runs stand on.
 
     Args:
         precision: the relative precision that expected costs are stated for.
+        ranks: also say what so many processes would hold and send.
 
     Raises:
         InputError: the scenario cannot be run.
@@ -37,10 +39,10 @@ def check(
     shared: dict[str, Any] = {}
     first = {run.variant: run for run in reversed(study.runs)}
     variants = dict.fromkeys(run.variant for run in study.runs)
-    return [describe(prepare(first[name], shared=shared), precision) for name in variants]
+    return [describe(prepare(first[name], shared=shared), precision, ranks) for name in variants]
 
 
-def describe(p: Prepared, precision: float) -> dict[str, Any]:
+def describe(p: Prepared, precision: float, ranks: int | None = None) -> dict[str, Any]:
     """Return the facts of one prepared run as plain data."""
     from fedsim.prepare import provenance
 
@@ -65,6 +67,10 @@ def describe(p: Prepared, precision: float) -> dict[str, Any]:
         }
     elif s.mixing is not None:
         facts["mixing"] = {"spectral_gap": s.mixing_gap}
+    if ranks is not None:
+        from fedsim.spread import spread
+
+        facts["spread"] = spread(p, ranks)
     if guarantee is not None:
         facts["guarantee"] = asdict(guarantee)
         facts["expected"] = _expected(p, guarantee.rate, guarantee.prefactor, precision)
@@ -120,6 +126,10 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += [f"  {c['name']:<{width}} = {c['value']:<14.8g} {c['formula']}" for c in facts["constants"]]
     if "guarantee" in facts:
         lines += _guarantee_lines(facts["guarantee"], facts["expected"])
+    if "spread" in facts:
+        from fedsim.spread import as_lines
+
+        lines += as_lines(facts["spread"])
     return "\n".join(lines + [f"  note: {text}" for text in facts["warnings"]])
 
 

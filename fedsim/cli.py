@@ -137,13 +137,14 @@ def check(
     overrides: Overrides = None,
     short: Short = False,
     to: Annotated[float, typer.Option(help="Relative precision that expected costs are stated for.")] = 1e-6,
+    ranks: Annotated[int | None, typer.Option(min=1, help="What so many processes would hold and send.")] = None,
     as_json: Json = False,
 ) -> None:
     """Validate a scenario and print the constants, hyper-parameters, expected costs and guarantee it stands on."""
     from fedsim.check import as_text
     from fedsim.check import check as examine
 
-    found = examine(scenario, overrides=overrides or (), short=short, precision=to)
+    found = examine(scenario, overrides=overrides or (), short=short, precision=to, ranks=ranks)
     print(json.dumps(found, indent=2) if as_json else "\n\n".join(as_text(facts) for facts in found))
 
 

@@ -53,8 +53,8 @@ def _refuse_strangers(size: int, started: int) -> None:
     """Refuse processes that a launcher started together and MPI does not connect: each would be a whole job."""
     if started > 1 and size == 1:
         raise InputError(
-            f"the launcher started {started} processes, and the MPI library that mpi4py loads connects none of them: they"
-            " are of two MPIs (or, under srun, --mpi=pmix or pmi2 is missing); `fedsim doctor` names the fix"
+            f"the launcher started {started} processes, and the MPI library that mpi4py loads connects none of them:"
+            " they are of two MPIs (or, under srun, --mpi=pmix or pmi2 is missing); `fedsim doctor` names the fix"
         )
 
 
