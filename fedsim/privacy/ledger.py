@@ -93,7 +93,7 @@ class Ledger:
         """Add releases, on disk first."""
         new = list(entries)
         if self._sink is not None and new:
-            self._sink.writelines(json.dumps(asdict(entry)) + "\n" for entry in new)
+            self._sink.writelines(json.dumps(vars(entry)) + "\n" for entry in new)
             self._sink.flush()
         for entry in new:
             self._add(entry)

@@ -19,7 +19,9 @@ STUDY = {
         "secagg": {"privacy.trust": "secagg"},
         "local": {"privacy.trust": "local", "engine.block": 2},
         "network": {
-            "problem": NETWORK, "start": {"kind": "problem"}, "algorithm": {"kind": "dp_gd", "eta": 0.5, "clip_grad": 1.0}
+            "problem": NETWORK,
+            "start": {"kind": "problem"},
+            "algorithm": {"kind": "dp_gd", "eta": 0.5, "clip_grad": 1.0},
         },
         "local steps": {
             "algorithm": {**CLIPPED, "kind": "diff2_bvr_l_sgd", "clip_local": 0.3, "local_steps": 3, "batch_rate": 0.5},
