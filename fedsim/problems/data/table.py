@@ -33,6 +33,7 @@ class Data:
         classes: names of the classes in the order of their numbers; empty for regression.
         feature_names: `d` names; a one-hot column is called `column=value`.
         held_out: records that no node owns, scaled as the others, for tests.
+        vocabulary: of text, whose features are codes of characters: the characters by their codes.
     """
 
     features: NDArray[np.float64]
@@ -43,6 +44,7 @@ class Data:
     classes: tuple[str, ...] = ()
     feature_names: tuple[str, ...] = ()
     held_out: Data | None = None
+    vocabulary: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
