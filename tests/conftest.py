@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,14 @@ prepare()
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache():
-    """Tests keep solved rates in a folder of their own, so that none of them depends on an earlier session."""
+    """Tests keep solved rates in a folder of their own, so that none of them depends on an earlier session.
+
+    Data sets that the user has brought are seen there.
+    """
+    data = Path.home() / ".cache" / "fedsim" / "data"
     with tempfile.TemporaryDirectory() as folder:
+        if data.is_dir():
+            (Path(folder) / "data").symlink_to(data)
         before = os.environ.get("FEDSIM_CACHE")
         os.environ["FEDSIM_CACHE"] = before or folder
         yield
