@@ -53,7 +53,7 @@ class _Subject:
         self.all = np.arange(problem.n, dtype=np.int64)
         self.x, self.y = self._normal("x"), self._normal("y")
         self._rng = np.random.default_rng(seed)
-        self.gradients = self.gradient(self.all)
+        self.gradients = self.gradient(self.all) if problem.has_gradient else None
         self.sampled = self._batch() if problem.records.min() > 0 else None
         self.has_dual = self._dual_exists()
 
@@ -77,17 +77,24 @@ class _Subject:
         return self._oracle(nodes).gradient(self.x[torch.from_numpy(nodes)], batch)
 
     def dual_gradient(self, nodes: NDArray[np.int64]) -> torch.Tensor:
+        assert self.gradients is not None
         return self._oracle(nodes).dual_gradient(self.gradients[torch.from_numpy(nodes)])
 
     def loss(self, nodes: NDArray[np.int64]) -> torch.Tensor:
         twice = np.repeat(nodes, 2) if len(nodes) == 1 else nodes  # as oracles compute a single row
         return self.problem.loss(self.x[torch.from_numpy(twice)], twice)[: len(nodes)]
 
+    def values(self, nodes: NDArray[np.int64]) -> torch.Tensor:
+        points = torch.stack([self.x, self.y, self.x], dim=1)
+        return self._oracle(nodes).query(points[torch.from_numpy(nodes)])
+
     def prox(self, nodes: NDArray[np.int64]) -> torch.Tensor:
         return self.problem.prox(self.x[torch.from_numpy(nodes)], 0.3)
 
     def quantities(self) -> dict[str, Rows]:
-        found: dict[str, Rows] = {"gradient": self.gradient, "loss": self.loss, "prox": self.prox}
+        found: dict[str, Rows] = {"loss": self.loss, "prox": self.prox, "values": self.values}
+        if self.gradients is not None:
+            found["gradient"] = self.gradient
         if self.sampled is not None:
             found["minibatch gradient"] = self.minibatch_gradient
         if self.has_dual:
@@ -104,6 +111,8 @@ class _Subject:
             yield from (part for part in np.split(order, cuts) if len(part))
 
     def _dual_exists(self) -> bool:
+        if self.gradients is None:
+            return False
         try:
             self.dual_gradient(self.all)
         except Unsupported:
@@ -113,11 +122,13 @@ class _Subject:
 
 def _refuse_writes(s: _Subject) -> None:
     calls: dict[str, Callable[[torch.Tensor], object]] = {
-        "gradient": lambda x: s.problem.gradient(x, s.all),
+        "values": lambda x: s.problem.values(x[:, None], s.all),
         "loss": lambda x: s.problem.loss(x, s.all),
         "prox": lambda x: s.problem.prox(x, 0.3),
         "composite": s.problem.composite,
     }
+    if s.gradients is not None:
+        calls["gradient"] = lambda x: s.problem.gradient(x, s.all)
     if s.has_dual:
         calls["dual_gradient"] = lambda x: s.problem.dual_gradient(x, s.all)
     for name, call in calls.items():
