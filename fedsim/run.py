@@ -364,7 +364,8 @@ def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
     """Return which columns of a private run are computed on data without protection."""
     if guard is None or guard.ledger is None:
         return {}
-    return {"non_private": {"columns": list(observer.names), "note": "computed on the data, outside of the guarantee, as is problem.partition"}}
+    note = "computed on the data, outside of the guarantee, as is problem.partition"
+    return {"non_private": {"columns": list(observer.names), "note": note}}
 
 
 def final_digest(p: Prepared, player: Player) -> str | None:

@@ -40,6 +40,14 @@ PROBLEMS = {
     "quadratic": {"kind": "quadratic", "dim": 7},
     "diagonal quadratic": {"kind": "quadratic", "dim": 7, "shape": "diagonal"},
     "consensus": {"kind": "consensus", "dim": 3},
+    "shared curvature": {"kind": "shared_curvature", "records": 97, "dim": 5},
+    "softplus network": {
+        "kind": "module",
+        "hidden": [6],
+        "activation": "softplus",
+        "data": NUMBERS,
+        "partition": SIZES,
+    },
     "synthetic_quadratic": {"kind": "synthetic_quadratic", "dim": 4},
     **{f: {"kind": "test_function", "function": f, "dim": 5} for f in ("rosenbrock", "levy", "rastrigin")},
     "network of classes": {"kind": "module", "model": "mlp", "hidden": [6], "data": CLASSES, "partition": SIZES},
@@ -47,12 +55,26 @@ PROBLEMS = {
 }
 # What an algorithm cannot do without: step sizes where the theory has none.
 STEPS = ("dproxsgt", "cdproxsgt", "gradient_tracking", "prox_gt_sa", "deepstorm", "dpsgd", "allreduce_sgd")
+CLIPPED = {"eta": 0.2, "clip_grad": 0.5}
 PARAMETERS: dict[str, dict] = {
     "gossip_sgd": {"step": 0.01},
     "a2cid2": {"step": 0.01},
     "fd_sgd": {"step": 0.01},
     "fzoos": {"features": 40, "local_steps": 3, "candidates": 9, "server_candidates": 9, "server_active": 5},
     **{kind: {"optimiser": SGD("sgd", 0.05), "local_steps": 3} for kind in ("fedavg", "fedprox", "scaffold")},
+    "diff2_gd": {**CLIPPED, "restart_period": 3, "clip_diff": 0.4},
+    "diff2_bvr_l_sgd": {
+        **CLIPPED,
+        "restart_period": 3,
+        "clip_diff": 0.4,
+        "clip_local": 0.4,
+        "local_steps": 3,
+        "batch_rate": 0.6,
+    },
+    "dp_gd": {**CLIPPED, "clipping": "per_layer"},
+    "dp_sgd": {**CLIPPED, "batch_rate": 0.5},
+    "dp_srm": {**CLIPPED, "clip_diff": 0.4, "batch_rate": 0.5},
+    "dp_fedavg": {"eta": 0.05, "local_steps": 3, "clip_model": 0.5, "client_rate": 0.5},
     **{kind: {"eta": 0.01} for kind in (*STEPS, "choco_sgd", "beer")},
 }
 # What an algorithm is played on where it is not made for every problem.

@@ -9,11 +9,6 @@ import torch
 from private_cases import LOGISTIC, NETWORK, answer, played, prepared, problem, scenario
 
 import fedsim
-from fedsim import testing
-from fedsim.algorithms.diff2 import DIFF2GD
-from fedsim.algorithms.diff2_bvr import DIFF2BVRLSGD
-from fedsim.algorithms.dp_fedavg import DPFedAvg
-from fedsim.algorithms.private_sgd import DPGD, DPSGD, DPSRM
 from fedsim.engine.layout import Layout
 from fedsim.errors import InputError, RunError
 from fedsim.privacy.canaries import Canaries
@@ -26,22 +21,6 @@ from fedsim.problems.shared_curvature import SharedCurvature
 GD = {"kind": "diff2_gd", "eta": 0.25, "restart_period": 5}
 CLIPPED = {**GD, "clip_grad": 0.5, "clip_diff": 0.3}
 BVR = {**CLIPPED, "kind": "diff2_bvr_l_sgd", "clip_local": 0.3, "local_steps": 3, "batch_rate": 0.5}
-ALL = [
-    DIFF2GD(eta=0.2, restart_period=3, clip_grad=0.5, clip_diff=0.4),
-    DIFF2BVRLSGD(
-        eta=0.2, restart_period=3, clip_grad=0.5, clip_diff=0.4, clip_local=0.4, local_steps=3, batch_rate=0.6
-    ),
-    DPGD(eta=0.2, clip_grad=0.5),
-    DPSGD(eta=0.2, clip_grad=0.5, batch_rate=0.5),
-    DPSRM(eta=0.2, clip_grad=0.5, clip_diff=0.4, batch_rate=0.5),
-    DPFedAvg(eta=0.05, local_steps=3, clip_model=0.5, client_rate=0.5),
-]
-
-
-@pytest.mark.parametrize("algorithm", ALL, ids=lambda a: a.kind)
-def test_private_algorithms_keep_the_laws(algorithm):
-    """The same bits in any block, resumed or not, with any state of global generators."""
-    assert "blocks of 1, 2, 3, 7" in str(testing.check(algorithm))
 
 
 def gd(p, rounds, eta, steps=1):
