@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fedsim.engine.machine import prepare
 from fedsim.privacy.clipping import Clip, clipped_sum
 from fedsim.privacy.gaussian import mu_of
 from fedsim.privacy.plan import Planned, _calibrated, multipliers
 from fedsim.privacy.section import Privacy
-from fedsim.problems.dense import SLOPES, DenseRecords, Layer
-from fedsim.problems.module import PER_RECORD, mlp
+from fedsim.problems.dense import SLOPES, DenseRecords, Layer, softplus
 
 prepare()
 RECORDS, WIDTHS = 256, (784, 256, 10)
@@ -26,23 +26,23 @@ class Network:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.model = mlp(WIDTHS[0], WIDTHS[2], [WIDTHS[1]], 0, "softplus").float()
         self.features = torch.rand(RECORDS, WIDTHS[0], generator=generator)
         self.labels = torch.randint(0, WIDTHS[2], (RECORDS,), generator=generator)
-        self.names = [name for name, _ in self.model.named_parameters()]
-        self.shapes = [p.shape for p in self.model.parameters()]
-        self.x = torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+        self.layers = [Layer(inner, outer) for inner, outer in pairwise(WIDTHS)]
+        shapes = [s for layer in self.layers for s in ((layer.outputs, layer.inputs), (layer.outputs,))]
+        self.x = torch.cat([torch.randn(s, generator=generator).reshape(-1) * s[-1] ** -0.5 for s in shapes])
         self.y = self.x + 1e-3 * torch.randn(len(self.x), generator=generator)
-        layers = [Layer(784, 256), Layer(256, 10)]
+        self.shapes = shapes
         self.records = DenseRecords(
-            layers, "softplus", SLOPES["cross_entropy"], lambda *_: (self.features, self.labels)
+            self.layers, "softplus", SLOPES["cross_entropy"], lambda *_: (self.features, self.labels)
         )
 
     def loss(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of records at flat parameters."""
-        parts = x.split([s.numel() for s in self.shapes])
-        named = {n: p.reshape(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
-        return PER_RECORD["cross_entropy"](functional_call(self.model, named, (a,)), b).mean()
+        """Return the mean loss of records `a [m, 784]` with labels b at flat parameters."""
+        parts = x.split([torch.Size(s).numel() for s in self.shapes])
+        w, v, u, t = (p.reshape(s) for p, s in zip(parts, self.shapes, strict=True))
+        output = softplus(a @ w.T + v) @ u.T + t
+        return (output.logsumexp(dim=1) - output.gather(1, b[:, None])[:, 0]).mean()
 
     def ghost(self) -> torch.Tensor:
         """Return the clipped sum of differences, by factors."""
