@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
     from fedsim.watch import Watch
 
+LONG = 3600.0  # seconds that rank 0 may need for tables and pictures
 TOGETHER = 5.0  # seconds in which all ranks find the same mistake, or one of them has found its own
 
 _connected: Transport | None = None
@@ -73,13 +74,14 @@ def end(error: BaseException | None) -> None:
         return
     if isinstance(error, InputError) and _connected.leaves_with_all(TOGETHER):
         return
-    if error is None:
+    if error is None and _connected.leaves_with_all(LONG):  # watched while it waits: who is missing is named
         if _watch is not None:
             _watch.close()
         _connected.close()
         return
     sys.stdout.flush()
-    message = f"rank {_connected.rank} of {_connected.size}: {type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}" if error is not None else "the others have not come to the end"
+    message = f"rank {_connected.rank} of {_connected.size}: {what}"
     if _watch is not None:
         _watch.fail(message)
     _connected.abort(f"fedsim: {message}")
