@@ -7,7 +7,9 @@ result.plot()             # PNG and SVG
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,9 +97,20 @@ __all__ = [
 ]
 
 
+class _Package(ModuleType):
+    """Keeps `fedsim.check` a function when the module of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
     value = getattr(import_module(f"fedsim.{_HOME[name]}"), name)
-    globals()[name] = value  # also where a module of the same name was bound by its import
+    globals()[name] = value
     return value
