@@ -173,3 +173,12 @@ def test_what_is_sent_is_not_warned_of():
     frozen = np.zeros(3, np.uint8)
     frozen.setflags(write=False)
     assert torch.equal(_to_send(frozen), torch.zeros(3, dtype=torch.uint8))
+
+
+def test_public_functions_outlive_the_import_of_their_modules():
+    """`fedsim.check` and `fedsim.run` are functions, whoever imports the modules of these names."""
+    import fedsim.check
+    import fedsim.run
+
+    assert callable(fedsim.check)
+    assert callable(fedsim.run)
