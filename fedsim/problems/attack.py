@@ -71,7 +71,7 @@ class Attack(BlackBox):
 
     def _classifier(self, node: int, pixels: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         rng = generator(self._p.seed, "classifier", node)
-        return network.trained(self._widths, pixels, labels, rng, 1e-4, 200)
+        return network.trained(self._widths, pixels, labels, rng, 1e-4, 60)
 
     def _choose(self, pixels: np.ndarray, labels: np.ndarray, image: int) -> tuple[torch.Tensor, int]:
         inputs, true = torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)

@@ -25,6 +25,7 @@ TITLES = {
     "communications": "communications (edge activations)",
     "gradients": "gradients (calls of a node's oracle)",
     "bytes": "bytes sent",
+    "queries": "queries (function values asked for)",
     "time": "time (one gradient per node and unit)",
     "distance": r"$\frac{1}{n}\sum_i \Vert x_i - x^\star\Vert^2$",
     "consensus": r"$\frac{1}{n}\sum_i \Vert x_i - \bar{x}\Vert^2$",
@@ -229,7 +230,9 @@ def _default_costs(result: Result | StudyResult) -> tuple[str, ...]:
     last = result.runs[0].metrics.iloc[-1]
     if _default_metric(result) == "maxvio":
         return ("round",)
-    moving = [c for c in ("communications", "gradients", "dual_gradients", "queries") if last.get(c, 0) > 0]
+    if last.get("queries", 0) > 0:
+        return ("queries", "bytes")
+    moving = [c for c in ("communications", "gradients", "dual_gradients") if last.get(c, 0) > 0]
     return tuple(moving[:2]) or (next(c for c in CLOCKS if c in last),)
 
 
