@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,29 @@ def end(error: BaseException | None) -> None:
     if _watch is not None:
         _watch.fail(message)
     _connected.abort(f"fedsim: {message}")
+
+
+def made_by_rank_0(make: Callable[[], dict[str, Any]], transport: Transport) -> dict[str, Any]:
+    """Return on every rank what rank 0 makes: plain values and lists, floats to the bit.
+
+    Raises:
+        InputError: rank 0 cannot make it; every rank says the same.
+    """
+    from fedsim.errors import InputError
+
+    if transport.size == 1:
+        return make()
+    text = None
+    if transport.rank == 0:
+        try:
+            text = json.dumps({"made": make()})
+        except InputError as error:
+            text = json.dumps({"refused": str(error)})
+    received = transport.broadcast(None if text is None else np.frombuffer(text.encode(), np.uint8))
+    found = json.loads(received.tobytes())
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return found["made"]
 
 
 def counts_of_all(counts: Counts, layout: Layout) -> dict[str, int]:

@@ -14,7 +14,7 @@ from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgor
 from fedsim.engine import pace
 from fedsim.engine.layout import Layout
 from fedsim.errors import InputError
-from fedsim.job import connected
+from fedsim.job import connected, made_by_rank_0
 from fedsim.problems.problem import refuse_undeclared
 from fedsim.setting import RunSetting
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedsim.scenario import Scenario
     from fedsim.topology.rates import Rates
     from fedsim.topology.topology import Topology
+    from fedsim.transport.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         rounds=int(scenario.schedule["horizon"]) if sync else 0,
         privacy=_privacy(scenario, algorithm),
     )
-    layout = Layout(topology, transport=connected(scenario.engine["transport"], scenario.engine["timeout"]))
+    layout = Layout(topology, transport=_transport(scenario))
     return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
 
 
@@ -230,18 +231,37 @@ def guard_of(p: Prepared) -> Guard | None:
 
 def _rates(scenario: Scenario, topology: Topology) -> Rates:
     """Return the rates of the section; its `scale: theory` (default) sets them to `2 chi1 chi2 = 1`."""
-    from fedsim.topology.rates import build_rates
+    from fedsim.topology.rates import Rates, build_rates
 
     section = dict(scenario.rates or {"kind": "uniform"})
     scale = section.pop("scale", "theory")
-    rates = build_rates(section, topology, scenario.base)
+    if section.get("kind") == "sdp":  # solvers may differ from host to host
+        rates = Rates.from_plain(
+            made_by_rank_0(lambda: build_rates(section, topology, scenario.base).as_plain(), _transport(scenario))
+        )
+    else:
+        rates = build_rates(section, topology, scenario.base)
     return rates if scale == "none" else rates.theory()
 
 
 def _mixing(scenario: Scenario, topology: Topology) -> Any:
     from fedsim.topology.mixing import build_mixing
 
-    return build_mixing(scenario.mixing or {"kind": "metropolis"}, topology, scenario.base)
+    section = scenario.mixing or {"kind": "metropolis"}
+    if section.get("kind") not in ("fdla", "fastest_mixing"):
+        return build_mixing(section, topology, scenario.base)
+    from scipy.sparse import csr_array
+
+    def solve() -> dict[str, Any]:
+        m = csr_array(build_mixing(section, topology, scenario.base))
+        return {"data": m.data.tolist(), "indices": m.indices.tolist(), "offsets": m.indptr.tolist()}
+
+    parts = made_by_rank_0(solve, _transport(scenario))
+    return csr_array((parts["data"], parts["indices"], parts["offsets"]), shape=(topology.n, topology.n))
+
+
+def _transport(scenario: Scenario) -> Transport:
+    return connected(scenario.engine["transport"], scenario.engine["timeout"])
 
 
 def _rounds(p: Prepared, x0: torch.Tensor) -> Player:

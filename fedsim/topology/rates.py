@@ -90,6 +90,17 @@ class Rates:
             return None
         return max(0.0, 1 - self.bound / self.chi.communications)
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return plain values and lists, from which `from_plain` makes the same bits."""
+        plain = {**vars(self), "rates": self.rates.tolist(), "costs": self.costs.tolist()}
+        return {**plain, "chi": [float(self.chi1), float(self.chi2), bool(self.chi.exact)]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Rates:
+        """Return the rates of `as_plain`."""
+        arrays = {name: np.array(plain[name], dtype=np.float64) for name in ("rates", "costs")}
+        return cls(**{**plain, **arrays, "chi": Chi(*plain["chi"])})
+
     def scaled(self, factor: float) -> Rates:
         """Return `factor` times the rates."""
         bound = None if self.bound is None else self.bound / factor
