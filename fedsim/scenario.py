@@ -30,8 +30,9 @@ class Scenario:
     """Everything that one run depends on, with defaults filled in; equal scenarios give equal results.
 
     Sections are dictionaries with the keys of the file. `data_seed` seeds graph, data and partition (the file's
-    seed, so that they stay the same over the seeds of a study; `each`: the run's own). `variant` and `folder` name the run in its study,
-    `base` is the folder that relative files are looked up from. `live` lists sections given as objects instead.
+    seed, so that they stay the same over the seeds of a study; `each`: the run's own). `variant` and `folder` name the
+    run in its study, `base` is the folder that relative files are looked up from. `live` lists sections given as
+    objects instead.
     """
 
     name: str

@@ -29,7 +29,7 @@ def schema() -> dict[str, Any]:
         "seed": {"type": "integer", "minimum": 0, "description": "seed of clocks, batches, start, noise"},
         "data_seed": {
             "anyOf": [{"type": "integer", "minimum": 0}, {"const": "each"}],
-            "description": "seed of graph, data, partition (default: seed, for all runs of a study; each: the run's own)",
+            "description": "seed of graph, data, partition (default: seed, for all runs; each: the run's own)",
         },
         "seeds": {"type": ["integer", "array"], "description": "number of seeds from `seed` on, or a list of seeds"},
         "topology": _topology(),

@@ -11,7 +11,7 @@ class LocalTransport:
     """The only process: there is nobody to talk to."""
 
     kind, rank, size, moved, calls, waiting = "local", 0, 1, 0, 0, False
-    asks = (0, "")
+    asks: tuple[int, str] = (0, "")
 
     def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
         """Do nothing; there are no peers."""
