@@ -230,3 +230,31 @@ def test_torchrun_over_two_hosts_gives_the_digest_of_one_process(hosts, file, tm
     said = [finished(job) for job in jobs]
     assert "not watched" not in "".join(said)
     assert fedsim.load(tmp_path / "out").digest == fedsim.run(file, folder=tmp_path / "alone").digest
+
+
+@needs_mpi
+def test_what_solvers_compute_travels_from_rank_0(tmp_path):
+    """SDP rates and the fastest mixing matrix are solved once, and a refusal of rank 0's is everybody's."""
+    rates = SCENARIO | {"algorithm": {"kind": "dadao"}, "rates": {"kind": "sdp"}}
+    mixing = SCENARIO | {"mixing": {"kind": "fastest_mixing"}}
+    wrong = rates | {"rates": {"kind": "sdp", "set": "node_rate", "caps": -1.0}}
+    digests = []
+    for number, content in enumerate((rates, mixing, wrong)):
+        (tmp_path / "s.yaml").write_text(json.dumps(content))
+        line = [MPIRUN, "--oversubscribe", "-n", 2, sys.executable, "-m", "fedsim", "run", "s.yaml"]
+        done = subprocess.run(
+            [str(part) for part in (*line, "--folder", tmp_path / f"out{number}", "--no-plot")],
+            cwd=tmp_path,
+            env=ENVIRONMENT | {"FEDSIM_CACHE": str(tmp_path / f"cache{number}")},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        if content is wrong:
+            assert done.returncode == 2
+            assert done.stderr.count("fedsim: ") == 1
+            assert "caps" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr[-3000:]
+            digests.append(fedsim.load(tmp_path / f"out{number}").digest)
+            assert digests[-1] == fedsim.run(content, folder=tmp_path / f"alone{number}").digest
