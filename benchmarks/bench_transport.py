@@ -1,0 +1,143 @@
+"""What the transport adds to a round: `python -m benchmarks.bench_transport` prints a table.
+
+Two ranks, n = 2,000, dim = 1,000. Each case is played with the real transport and with one that answers at once (the
+same computation and packing, on both cores at once); the difference is held against a bare exchange of the same
+bytes by mpi4py or torch.distributed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim.algorithms.dproxsgt import GradientTracking
+from fedsim.engine.ghosts import HEADER
+from fedsim.engine.layout import Layout
+from fedsim.engine.machine import prepare
+from fedsim.engine.rounds import Rounds
+from fedsim.launchers import command
+from fedsim.problems.quadratic import Quadratic
+from fedsim.topology.build import build
+from fedsim.topology.mixing import mixing_matrix
+from fedsim.transport.detect import connect
+from fedsim.transport.transport import Bytes
+
+GRAPHS = {"ring": "ring:2000", "torus": "torus:40,50", "random 4-regular": "random_regular:n=2000,degree=4,seed=0"}
+DIM, ROUNDS, TIMES, MIXINGS = 1000, 3, 25, 2
+
+
+class _AtOnce:
+    """Says that everything has arrived: the headers that are expected, and whatever stood in the memory."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        for peer, buffer in receives.items():
+            buffer[:] = 0
+            buffer[: 8 * HEADER] = sends[peer][: 8 * HEADER]
+
+
+def _player(graph: str, transport: Any) -> Rounds:
+    topology = build(graph)
+    rng = np.random.default_rng(0)
+    problem = Quadratic(1 + rng.random((topology.n, DIM)), rng.normal(size=(topology.n, DIM)))
+    layout = Layout(topology, transport=transport)
+    x0 = torch.zeros(layout.rows, DIM, dtype=torch.float64)
+    return Rounds(GradientTracking(eta=1e-3), problem, layout, {"W": mixing_matrix(topology)}, x0, 0)
+
+
+def _rounds(player: Rounds) -> Callable[[], None]:
+    return lambda: player.advance(player.now + ROUNDS)
+
+
+def _least(play: Callable[[], None], job: Any) -> float:
+    taken = []
+    for _ in range(TIMES):
+        job.all_gather(np.zeros(1, np.uint8))  # both start together
+        clock = time.perf_counter()
+        play()
+        taken.append(time.perf_counter() - clock)
+    return min(taken)
+
+
+def _bare(job: Any, size: int) -> Callable[[], None]:
+    """Return an exchange of `size` bytes each way by the library alone."""
+    mine, theirs, other = np.ones(size, np.uint8), np.empty(size, np.uint8), 1 - job.rank
+    if job.kind == "mpi":
+        from mpi4py import MPI
+
+        return lambda: MPI.COMM_WORLD.Sendrecv(mine, other, 0, theirs, other, 0)
+    import torch.distributed as dist
+
+    def play() -> None:
+        works = [dist.irecv(torch.from_numpy(theirs), src=other), dist.isend(torch.from_numpy(mine), dst=other)]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    return play
+
+
+def measure(job: Any) -> list[dict[str, Any]]:
+    """Return, per graph, milliseconds per mixing: of the transport, and of the bare exchange."""
+    found = []
+    for name, graph in GRAPHS.items():
+        real, idle = _player(graph, job), _player(graph, _AtOnce(job))
+        for player in (real, idle):
+            player.start()
+            player.advance(2)
+        before = job.moved
+        real.advance(real.now + 1)
+        own = np.array([(job.moved - before) // MIXINGS])
+        size = max(int(part.view(np.int64)[0]) for part in job.all_gather(own.view(np.uint8)))
+        full, alone = _least(_rounds(real), job), _least(_rounds(idle), job)
+        bare = _least(_bare(job, size), job)
+        found.append(
+            {
+                "graph": name,
+                "bytes": size,
+                "round_ms": 1e3 * full / ROUNDS,
+                "added_ms": 1e3 * (full - alone) / ROUNDS / MIXINGS,
+                "bare_ms": 1e3 * bare,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Play both kinds of job and print the table."""
+    print("| transport | graph | bytes each way | round, ms | added per mixing, ms | bare exchange, ms | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in ("mpi", "torch"):
+        start = [*command(kind, 2), "-m", "benchmarks.bench_transport", "job"]
+        done = subprocess.run(start, check=True, capture_output=True, text=True)
+        for row in json.loads(done.stdout.splitlines()[-1]):
+            ratio = row["added_ms"] / row["bare_ms"]
+            print(
+                f"| {kind} | {row['graph']} | {row['bytes']:,} | {row['round_ms']:.2f} | {row['added_ms']:.3f} |"
+                f" {row['bare_ms']:.3f} | {ratio:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["job"]:
+        prepare()
+        here = connect()
+        rows = measure(here)
+        if here.rank == 0:
+            print(json.dumps(rows))
+        here.close()
+    else:
+        main()
