@@ -198,7 +198,7 @@ def report_waves() -> None:
         tuple(f"x{c}" for c in range(dim)),
     )  # fmt: skip
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(dim, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(dim, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)).double()
     problem = ModuleProblem(model, data, list(np.arange(n * 20).reshape(n, 20)), "mean_square", 1e-2, "uniform")
     waves = rate(dadao(problem, circulant(n)), 20_000, again=2)
     plain = rate(dadao(problem, circulant(n), player="plain"), 1000, again=2)

@@ -43,10 +43,12 @@ class Observer:
         self._optimum = problem.optimum()
         extra = problem.metrics() if own is None else own
         self._extra: dict[str, Callable[[torch.Tensor], float]] = extra
+        self._local = {} if own is not None else problem.local_metrics()
         default = [m for m in ("distance", "consensus", "loss") if m != "distance" or self._optimum is not None]
         default = default if own is None else []
         families = [name for name in extra if "." not in name]  # `load.3`: one of many, recorded when asked for
-        self.names = (*default, *families) if names is None else tuple(_expanded(names, extra))
+        possible = [*extra, *(f"{name}.{node}" for name in self._local for node in range(layout.n))]
+        self.names = (*default, *families) if names is None else tuple(_expanded(names, possible))
         self._step = step if step is not None else _default_step(problem)
         self._refuse_unknown()
 
@@ -66,7 +68,20 @@ class Observer:
             return float(self._mean(local[:, None])[0, 0] + self._problem.composite(mean)[0])
         if name == "stationarity":
             return self._stationarity(mean)
+        if name.partition(".")[0] in self._local:
+            family, _, node = name.partition(".")
+            return self._local_metric(family, node, x)
         return float(self._extra[name](mean))
+
+    def _local_metric(self, name: str, node: str, x: torch.Tensor) -> float:
+        """Return the mean over nodes of a metric of their own models, or that of one node."""
+        values = self._local[name](x).double()
+        if node:
+            import torch
+
+            values = torch.where(torch.from_numpy(self._layout.nodes) == int(node), values, 0.0)
+        found = float(total(values[:, None], self._layout)[0])
+        return found if node else found / self._layout.n
 
     def _stationarity(self, mean: torch.Tensor) -> float:
         g = self._mean(self._problem.gradient(mean.expand(self._layout.rows, -1).contiguous(), self._layout.nodes))
@@ -80,10 +95,14 @@ class Observer:
     def _mean_square(self, difference: torch.Tensor) -> float:
         return float(self._mean((difference**2).sum(dim=1, keepdim=True))[0, 0])
 
+    def _is_of_a_node(self, name: str) -> bool:
+        family, _, node = name.partition(".")
+        return family in self._local and node.isdigit() and int(node) < self._layout.n
+
     def _refuse_unknown(self) -> None:
-        allowed = (*BUILT_IN, *self._extra)
+        allowed = (*BUILT_IN, *self._extra, *self._local)
         for name in self.names:
-            if name not in allowed:
+            if name not in allowed and not self._is_of_a_node(name):
                 hint = did_you_mean(name, allowed)
                 raise InputError(f"record.metrics: {name!r} is unknown{hint}; this problem has {', '.join(allowed)}")
         if "distance" in self.names and self._optimum is None:
@@ -95,7 +114,7 @@ class Observer:
             raise InputError("record.metrics: 'stationarity' needs record.step, since L is unknown for this problem")
 
 
-def _expanded(names: Sequence[str], extra: dict[str, Callable[[torch.Tensor], float]]) -> list[str]:
+def _expanded(names: Sequence[str], extra: Sequence[str]) -> list[str]:
     """Return the names with `NAME.*` replaced by every `NAME.3` there is."""
     found: list[str] = []
     for name in names:

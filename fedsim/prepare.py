@@ -13,6 +13,7 @@ from fedsim import registry
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine import pace
 from fedsim.engine.layout import Layout
+from fedsim.engine.machine import usable
 from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
 from fedsim.problems.problem import refuse_undeclared
@@ -72,12 +73,14 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     live = live or Live()
     shared = {} if shared is None else shared
     topology = live.topology or _once(shared, ("topology", scenario.topology), lambda: _topology(scenario))
+    device = usable(scenario.engine["device"], connected(scenario.engine["transport"], scenario.engine["timeout"]).size)
     problem = live.problem or _once(
         shared,
-        ("problem", scenario.problem, scenario.data_seed, topology.n),
+        ("problem", scenario.problem, scenario.data_seed, topology.n, device),
         lambda: _problem(scenario, topology.n),
     )
     refuse_undeclared(problem)
+    problem.use(device)
     if problem.n != topology.n:
         raise InputError(
             f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
@@ -273,6 +276,8 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
         lap = laplacian(p.topology)
         matrices = {"W": p.setting.mixing, "laplacian": lap, "adjacency": _without_diagonal(lap)}
     block = p.scenario.engine.get("block", "auto")
+    if block == "auto" and p.scenario.engine["device"] != "cpu":
+        block = max(1, p.layout.rows)  # a device is busy with all rows at once, and has no cache to fit
     assert isinstance(p.algorithm, SyncAlgorithm)
     budget = (p.scenario.stop or {}).get("queries")
     budget = None if budget is None else int(budget)

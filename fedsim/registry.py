@@ -155,6 +155,13 @@ KINDS["compressor"] = {
     "sign": Entry(f"{_C}:Sign", "signs times the mean magnitude: 1 bit a number"),
     "low_precision": Entry(f"{_C}:LowPrecision", "bfloat16, float16 or float32"),
 }
+KINDS["model"] = {
+    "softmax": Entry("fedsim.problems.models.mlp:mlp", "one linear layer (linear regression for numbers)"),
+    "mlp": Entry("fedsim.problems.models.mlp:mlp", "linear layers with an activation between"),
+    "lenet5": Entry("fedsim.problems.models.lenet5:LeNet5", "two convolutions, three linear layers, for images"),
+    "residual_cnn": Entry("fedsim.problems.models.residual_cnn:ResidualCNN", "residual blocks without batch norm"),
+    "transformer": Entry("fedsim.problems.models.transformer:Transformer", "characters in, the next one out; for text"),
+}
 
 GRAPHS = "ring path star complete grid torus hypercube barbell random_geometric random_regular exponential server"
 RATES = "uniform metropolis degree sdp"

@@ -71,12 +71,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Engine:
-    """How it is played; none of this changes a bit of the result.
+    """How it is played; none of this changes a bit of the result, but a device other than the CPU may.
 
     Attributes:
         transport: local, mpi or torch; auto finds the launcher that started the process.
         block: rows played together, or auto.
-        device: cpu.
+        device: cpu, or cuda: module problems compute losses and gradients there, of all rows at once, in one process;
+            mixing, draws and metrics of rows stay on the CPU. Bits are then promised on no layout.
         player: of events: auto, kernel (compiled), waves (batched gradients) or plain (one by one).
         timeout: seconds after which a silent process ends the job.
         gradient_seconds: what every gradient is stretched to, to show what heavy models would do; real time only.
@@ -85,7 +86,7 @@ class Engine:
 
     transport: Literal["auto", "local", "mpi", "torch"] = "auto"
     block: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     player: Literal["auto", "kernel", "waves", "plain"] = "auto"
     timeout: Positive = 120.0
     gradient_seconds: Positive | None = None

@@ -10,7 +10,8 @@ from private_cases import NETWORK, problem
 from fedsim.errors import InputError, Unsupported
 from fedsim.privacy.clipping import Clip, clipped_sum, factors
 from fedsim.problems.dense import DenseRecords, DenseSignals, Layer, LayerSignals, cross_entropy_slope
-from fedsim.problems.module import ModuleProblem, mlp
+from fedsim.problems.models.mlp import mlp
+from fedsim.problems.module import ModuleProblem
 from fedsim.problems.per_record import ModuleRecords, record_loss
 from fedsim.problems.shared_curvature import SharedCurvature
 
@@ -19,7 +20,7 @@ INFINITE = Clip(math.inf)
 
 def explicit(p):
     """Return a module problem's per-record gradients by `vmap(grad)`."""
-    return ModuleRecords(p._features, p._labels, record_loss(p._model, p._named, p._per_record), p._sizes)
+    return ModuleRecords(p._records_of, record_loss(p._model, p._rows.named, p._per_record), p.tensor_sizes)
 
 
 def points(p, far):
@@ -46,7 +47,7 @@ def test_ghost_norms_are_those_of_written_down_gradients(activation, far):
         own, other = a.squared_norms().sum(1).sqrt(), b.squared_norms().sum(1).sqrt()
         assert float((own / other - 1).abs().max()) < (1e-12 if far > 1e-3 else 1e-8)
         weights = torch.rand(40, 1, dtype=torch.float64).expand(-1, a.squared_norms().shape[1])
-        assert torch.allclose(a.sum(weights), b.sum(weights[:, :1].expand(-1, len(p._sizes))), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(a.sum(weights), b.sum(weights[:, :1].expand(-1, len(p.tensor_sizes))), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("far", [1e-1, 1e-6])

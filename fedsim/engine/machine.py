@@ -38,6 +38,31 @@ def prepare() -> dict[str, Any]:
     }
 
 
+def usable(device: str, processes: int) -> str:
+    """Return `engine.device`, if it can compute here.
+
+    On cuda, float32 means float32 (no shorter products) and cuDNN takes no faster sums in changing order.
+
+    Raises:
+        InputError: cuda without a device, or over several processes.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    if processes > 1:
+        raise InputError(f"engine.device: {device} plays in one process, and {processes} were started; say device: cpu")
+    if not torch.cuda.is_available():
+        built = "built for the CPU" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        raise InputError(
+            f"engine.device: cuda asked for, but torch {torch.__version__} ({built}) finds no CUDA device here; say"
+            " device: cpu, or install a torch with CUDA on a machine that has one"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    return device
+
+
 def _threads() -> int:
     given = os.environ.get("FEDSIM_THREADS", "1")
     if not given.isdigit() or int(given) < 1:

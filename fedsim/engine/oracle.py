@@ -89,7 +89,7 @@ class BlockOracle:
             return self._gradient_of(x, self.nodes, batch)
 
     def _gradient_of(self, x: torch.Tensor, nodes: NDArray[np.int64], batch: Minibatch | None) -> torch.Tensor:
-        if len(nodes) > 1:
+        if len(nodes) > 1 or self.problem.rows_alone:
             return self.problem.gradient(x, nodes, batch)
         twice = None if batch is None else Minibatch(np.repeat(batch.indices, 2, 0), np.repeat(batch.weights, 2, 0))
         return self.problem.gradient(x.expand(2, -1).contiguous(), np.repeat(nodes, 2), twice)[:1]

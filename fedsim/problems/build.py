@@ -87,10 +87,12 @@ def _split(
 
 
 def _from_records(kind: str, p: Any, data: Data, parts: list[np.ndarray], seed: int, base: Path) -> Problem:
-    if hasattr(p, "from_records"):
-        return p.from_records(data, parts, seed)
     if isinstance(p, ModuleParameters):
         return _module(p, data, parts, seed, base)
+    if data.vocabulary:
+        raise InputError(f"problem.data: {kind} needs numbers, and {data.name!r} is text; kind: module reads text")
+    if hasattr(p, "from_records"):
+        return p.from_records(data, parts, seed)
     if isinstance(p, LogisticParameters):
         from fedsim.problems.logistic import Logistic
 
@@ -105,21 +107,46 @@ def _from_records(kind: str, p: Any, data: Data, parts: list[np.ndarray], seed: 
 
 
 def _module(p: ModuleParameters, data: Data, parts: list[np.ndarray], seed: int, base: Path) -> Problem:
-    from fedsim.problems.module import ModuleProblem, initialise, mlp
+    from fedsim.problems import losses
+    from fedsim.problems.module import ModuleProblem
 
-    loss = p.loss or ("mean_square" if data.task == "regression" else "cross_entropy")
-    outputs = 1 if loss == "mean_square" else len(data.classes)
-    own_seed = seed if p.seed is None else p.seed
-    features = data.features.shape[1]
-    if p.model == "mlp":
-        model = mlp(features, outputs, list(p.hidden), own_seed, p.activation, p.initial)
-    else:
-        import torch
+    loss = losses.default(data) if p.loss is None else p.loss
+    made = registry.find("model", loss, base) if ":" in loss else loss
+    model = _model(p, data, loss, seed if p.seed is None else p.seed, base)
+    return ModuleProblem(model, data, parts, made, p.l2, p.weights, p.dtype)
 
-        with torch.random.fork_rng():
-            model = registry.find("problem", p.model, base)(features, outputs)
-        initialise(model, own_seed)
-    return ModuleProblem(model, data, parts, loss, p.l2, p.weights)
+
+def _model(p: ModuleParameters, data: Data, loss: str, seed: int, base: Path) -> Any:
+    """Return the model for inputs and outputs of these data."""
+    import torch
+
+    from fedsim.problems.models.mlp import mlp
+
+    features = data.features.shape[1] - bool(data.vocabulary)
+    outputs = len(data.vocabulary) or (1 if loss == "mean_square" or data.task == "regression" else len(data.classes))
+    _refuse_mismatch(p, data)
+    if p.model in ("mlp", "softmax"):
+        hidden = list(p.hidden) if p.model == "mlp" else []
+        return mlp(features, outputs, hidden, seed, p.activation, p.initial)
+    cls = registry.find("model", p.model, base)
+    with torch.random.fork_rng(devices=[]):  # a module draws its own first weights from torch's generator
+        torch.manual_seed(seed)
+        try:
+            return cls(features, outputs, **p.arguments)
+        except TypeError as error:
+            raise InputError(
+                f"problem.arguments: {p.model} called with ({features}, {outputs}, ...): {error}"
+            ) from None
+
+
+def _refuse_mismatch(p: ModuleParameters, data: Data) -> None:
+    """Refuse a shipped model of something else than the data hold, and arguments that it has not."""
+    shipped = ":" not in p.model
+    if shipped and (p.model == "transformer") != bool(data.vocabulary):
+        have = "text, which transformer reads" if data.vocabulary else "no text, which transformer needs"
+        raise InputError(f"problem.model: {p.model} given; data {data.name!r} hold {have}")
+    if p.arguments and p.model in ("mlp", "softmax"):
+        raise InputError(f"problem.arguments: {p.model} has none; say hidden, activation and initial")
 
 
 def _made(p: Any, n: int, seed: int) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -116,21 +116,28 @@ class ModuleParameters:
     """A `torch.nn.Module` with a loss; every node holds its own copy of the parameters.
 
     Attributes:
-        model: mlp (hidden layers), or your own `package.module:Class` / `file.py:Class`, called with
-            (features, outputs).
+        model: softmax, mlp, lenet5, residual_cnn, transformer (text), or your own `package.module:Class` /
+            `file.py:Class`, called with (features, outputs) and `arguments`.
+        arguments: further ones, by name (residual_cnn: widths, depth; transformer: width, heads, layers).
         hidden: widths of the mlp's hidden layers. activation: between its layers.
         initial: its first weights: normal (variance 1/inputs, biases 0) or uniform (on +-1/sqrt(inputs), biases too).
-        loss: cross_entropy for classes, mean_square for numbers; follows from the data.
+            Other models start as they initialise themselves.
+        loss: cross_entropy for classes, mean_square for numbers, next_character for text; follows from the data.
+            Or your own function, as `file.py:function`: (output [m, ...], labels [m]) -> losses [m].
         l2: `(l2/2) ||x||^2` on every node.
+        weights: of the nodes: uniform, or by samples.
+        dtype: float64 or float32, of models, messages and gradients.
         seed: of the initial parameters, which `start: {kind: problem}` starts from.
     """
 
     needs_data: ClassVar[bool] = True
     model: str = "mlp"
+    arguments: dict[str, Any] = field(default_factory=dict)
     hidden: list[Count] = field(default_factory=lambda: [16])
-    activation: Literal["tanh", "softplus"] = "tanh"
+    activation: Literal["tanh", "softplus", "relu", "gelu"] = "tanh"
     initial: Literal["normal", "uniform"] = "normal"
-    loss: Literal["cross_entropy", "mean_square"] | None = None
+    loss: str | None = None
     l2: Weight = 0.0
     weights: Weights = "uniform"
+    dtype: Literal["float64", "float32"] = "float64"
     seed: int | None = None

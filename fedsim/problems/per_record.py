@@ -80,26 +80,24 @@ class ModuleRecords:
     """Per-record gradients of any `torch.nn.Module` by `vmap(grad)`, in chunks of bounded memory.
 
     Args:
-        features: `[n, longest, ...]`, labels: `[n, longest]`, padded.
+        records: `(node, record numbers) -> (features [m, ...], labels [m, ...])`.
         loss: `(x [dim], one record, its label) -> number`. sizes: numbers of parameters of the tensors.
     """
 
     def __init__(
         self,
-        features: torch.Tensor,
-        labels: torch.Tensor,
+        records: Callable[[int, NDArray[np.int64]], tuple[torch.Tensor, torch.Tensor]],
         loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         sizes: list[int],
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        self._features, self._labels, self._sizes = features, labels, sizes
+        self._records, self._sizes = records, sizes
         self._gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="error")
         self.chunk = max(1, CHUNK_BYTES // (sum(sizes) * dtype.itemsize))
 
     def at(self, node: int, records: NDArray[np.int64], x: torch.Tensor) -> Explicit:
         """Return the gradients of these records."""
-        chosen = torch.from_numpy(records)
-        return Explicit(self._gradients(x, self._features[node, chosen], self._labels[node, chosen]), self._sizes)
+        return Explicit(self._gradients(x, *self._records(node, records)), self._sizes)
 
 
 def record_loss(

@@ -99,6 +99,7 @@ class Problem(ABC):
     noise: float = 0.0  # standard deviation of what is added to every function value that is asked for
     has_gradient: bool = True
     common_start: bool = False  # whether `start` is the same on every node
+    rows_alone: bool = False  # whether gradients of rows are computed one by one, however many share the call
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,6 +177,22 @@ class Problem(ABC):
     def metrics(self) -> dict[str, Callable[[torch.Tensor], float]]:
         """Return further metrics of the mean model, by name (accuracy on a held-out set, say)."""
         return {}
+
+    def local_metrics(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return metrics of each node's own model by name, `x [rows, dim] -> [rows]`.
+
+        They are recorded when asked for: `NAME` is the mean over nodes, `NAME.3` that of node 3, `NAME.*` all.
+        """
+        return {}
+
+    def use(self, device: str) -> None:
+        """Compute losses and gradients on this device from now on.
+
+        Raises:
+            Unsupported: this problem computes on the CPU only.
+        """
+        if device != "cpu":
+            raise Unsupported(f"engine.device: problem {self.kind!r} computes on the CPU; module can use {device}")
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader of the result should know: sizes, partition table, notes."""

@@ -30,6 +30,7 @@ class Regularised(Problem):
         self.smooth, self.term = smooth, term
         self.kind, self.n, self.dim, self.records = smooth.kind, smooth.n, smooth.dim, smooth.records
         self.L, self.mu = smooth.L, smooth.mu
+        self.common_start, self.rows_alone = smooth.common_start, smooth.rows_alone
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +94,14 @@ class Regularised(Problem):
     def metrics(self) -> dict[str, Callable[[torch.Tensor], float]]:
         """Return those of the smooth part, and how many coordinates of the mean model are not 0."""
         return {**self.smooth.metrics(), "nonzeros": lambda mean: float((mean != 0).sum())}
+
+    def local_metrics(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return those of the smooth part."""
+        return self.smooth.local_metrics()
+
+    def use(self, device: str) -> None:
+        """Compute the smooth part on this device."""
+        self.smooth.use(device)
 
     def facts(self) -> dict[str, Any]:
         """Return those of the smooth part, and the term."""

@@ -1,0 +1,1 @@
+"""Models of `kind: module`, by name; sizes follow from the data."""

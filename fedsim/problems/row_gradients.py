@@ -1,0 +1,217 @@
+"""Losses and gradients of many rows, each row a model of its own: all at once, or one after another.
+
+`torch.func.vmap` plays all rows of a call in one. That keeps the bits of a row independent of its co-rows only for
+operations that torch computes the same for any number of rows; a module that uses another one (convolutions, gelu and
+sigmoid as torch computes them, recurrent cells), or that cannot be vmapped, is played row by row. Which way is a
+property of the module, found once by looking at the operations of a tiny gradient, never of machine or block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedsim.errors import InputError
+
+CHUNK_BYTES = 1 << 28  # of what one call may hold at a time, by estimate
+
+PerRecord = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_STEADY = """
+abs add addmm alias all amax amin any arange argmax as_strided baddbmm bitwise_and bitwise_not bitwise_or bmm
+broadcast_to cat clamp clamp_max clamp_min clone constant_pad_nd contiguous copy cos cumsum detach diagonal div dot
+embedding embedding_dense_backward empty empty_like eq erf exp expand expm1 fill flatten full full_like gather ge gt
+index index_put index_select le lift_fresh linspace log log1p logical_and logical_not logical_or logsumexp lt
+masked_fill max maximum mean min minimum mm movedim mul mv ne neg new_empty new_empty_strided new_full new_ones
+new_zeros ones ones_like permute reciprocal relu repeat reshape rsqrt rsub scalar_tensor scatter scatter_add select
+select_backward sgn sign sin slice slice_backward split split_with_sizes sqrt square squeeze stack sub sum t tanh
+tanh_backward threshold threshold_backward transpose tril triu unbind unsqueeze view where zero zeros zeros_like
+_local_scalar_dense _log_softmax _log_softmax_backward_data _reshape_alias _softmax _softmax_backward_data _to_copy
+_unsafe_view native_layer_norm native_layer_norm_backward
+"""
+KEEPS_BITS = frozenset(_STEADY.split())
+"""Operations (of aten) whose result for one row was found not to depend on the rows beside it."""
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What a module's gradient consists of.
+
+    Attributes:
+        alone: why its rows are played one after another; None: they are played together.
+        record_bytes: estimate of what one record holds in memory while a gradient is taken.
+    """
+
+    alone: str | None
+    record_bytes: int
+
+
+class RowGradients:
+    """`sum_j weights_j loss(model_x(a_j), b_j)` of every row, and its gradient by x.
+
+    Args:
+        model: in the type and on the device of the rows; its trainable parameters, flat in order, are x `[dim]`.
+        per_record: `(output [m, ...], labels [m, ...]) -> losses [m]`.
+        a, b: all records `[N, ...]` and their labels `[N, ...]`, on the same device.
+
+    Raises:
+        InputError: the model draws random numbers, or has a loss that is not one number per record.
+    """
+
+    def __init__(self, model: torch.nn.Module, per_record: PerRecord, a: torch.Tensor, b: torch.Tensor) -> None:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._model, self._per_record, self._a, self._b = model, per_record, a, b
+        self._names, self._shapes = [name for name, _ in trained], [p.shape for _, p in trained]
+        self.sizes = [p.numel() for _, p in trained]
+        self.initial = torch.cat([p.detach().reshape(-1) for _, p in trained]).clone()
+        self._gradient = vmap(grad(self.weighted), randomness="error")
+        self._losses = vmap(self.weighted, randomness="error")
+        self.nature = self._look()
+
+    def gradient(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return `[rows, dim]` at `x [rows, dim]`; `places [rows, width]` are record numbers, `weights` theirs."""
+        if self.nature.alone:
+            return torch.stack([self._one(x[row], *_used(places[row], weights[row])) for row in range(len(x))])
+        total = torch.zeros_like(x)
+        for rows, own in self._chunks(*weights.shape):
+            chosen = places[rows, own]
+            total[rows] += self._gradient(x[rows], self._a[chosen], self._b[chosen], weights[rows, own])
+        return total
+
+    def losses(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return `[rows]`; arguments as of `gradient`."""
+        with torch.no_grad():
+            if self.nature.alone:
+                return torch.stack([self._one_loss(x[row], *_used(places[row], weights[row])) for row in range(len(x))])
+            total = x.new_zeros(len(x))
+            for rows, own in self._chunks(*weights.shape):
+                chosen = places[rows, own]
+                total[rows] += self._losses(x[rows], self._a[chosen], self._b[chosen], weights[rows, own])
+            return total
+
+    def outputs(self, x: torch.Tensor, a: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield parts of the records `a` and what the model `x [dim]` makes of them."""
+        with torch.no_grad():
+            named = self.named(x)
+            for records in self._parts(len(a)):
+                yield records, functional_call(self._model, named, (a[records],))
+
+    def named(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the model's parameters by name, as parts of `x [dim]`."""
+        parts = x.split(self.sizes)
+        return {name: p.reshape(s) for name, p, s in zip(self._names, parts, self._shapes, strict=True)}
+
+    def weighted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return one row's weighted loss."""
+        return (weights * self._per_record(functional_call(self._model, self.named(x), (a,)), b)).sum()
+
+    def _one(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for part in self._parts(len(places)):
+            leaf = x.clone().requires_grad_()  # its own memory: a row's bits may depend on where it begins
+            with torch.enable_grad():
+                value = self.weighted(leaf, self._a[places[part]], self._b[places[part]], weights[part])
+            total += torch.autograd.grad(value, leaf)[0]
+        return total
+
+    def _one_loss(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x, total = x.clone(), x.new_zeros(())
+        for part in self._parts(len(places)):
+            total += self.weighted(x, self._a[places[part]], self._b[places[part]], weights[part])
+        return total
+
+    def _parts(self, records: int) -> Iterator[slice]:
+        size = max(1, CHUNK_BYTES // self.nature.record_bytes)
+        return (slice(begin, min(begin + size, records)) for begin in range(0, records, size))
+
+    def _chunks(self, rows: int, records: int) -> Iterator[tuple[slice, slice]]:
+        """Yield parts of rows (never a single one, unless there is only one) and of records, within the memory."""
+        widest = min(records, max(1, CHUNK_BYTES // self.nature.record_bytes))
+        per_row = widest * self.nature.record_bytes + 4 * sum(self.sizes) * self.initial.element_size()
+        count = min(-(-rows * per_row // CHUNK_BYTES), max(1, rows // 2))
+        for part in range(count):
+            chosen = slice(rows * part // count, rows * (part + 1) // count)
+            for chunk in self._parts(records):
+                yield chosen, chunk
+
+    def _look(self) -> Nature:
+        self.nature = Nature("not looked at yet", 1 << 20)
+        four = torch.arange(4, device=self._a.device) % len(self._a)
+        before = torch.get_rng_state()
+        small, large = self._operations(four[:2]), self._operations(four)
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+            raise InputError(
+                "problem module: the model draws random numbers (dropout?), which would follow neither the scenario's"
+                " seed nor the nodes; call its eval(), or leave that layer out"
+            )
+        # outputs of operations are partly views, and not all alive at the same time: a half is a generous estimate
+        held = max(1, (large.elements - small.elements) // 4 * self.initial.element_size())
+        return Nature(self._why_alone(large.names, four), held)
+
+    def _operations(self, places: torch.Tensor) -> _Operations:
+        self._refuse_shape(self._a[places], self._b[places])
+        with _Operations() as seen:
+            self._one(self.initial, places, self.initial.new_full((len(places),), 1.0 / len(places)))
+        return seen
+
+    def _refuse_shape(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        try:
+            with torch.no_grad():
+                output = functional_call(self._model, self.named(self.initial), (a,))
+                shape = tuple(self._per_record(output, b).shape)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise InputError(
+                f"problem module: {type(self._model).__name__} cannot be played on {len(a)} records of shape"
+                f" {tuple(a.shape[1:])}, labels of shape {tuple(b.shape[1:])}: {error}"
+            ) from None
+        if shape != (len(a),):
+            raise InputError(f"problem module: the loss of {len(a)} records has shape {shape}, [{len(a)}] is needed")
+
+    def _why_alone(self, names: set[str], places: torch.Tensor) -> str | None:
+        unknown = sorted(names - KEEPS_BITS)
+        if unknown:
+            return f"bits of {', '.join(unknown)} may depend on the rows beside"
+        weights, twice = self.initial.new_full((2, len(places)), 1.0), places.expand(2, -1)
+        try:
+            self._gradient(self.initial.expand(2, -1), self._a[twice], self._b[twice], weights)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            return f"it cannot be vmapped: {str(error).splitlines()[0]}"
+        return None
+
+
+class _Operations(TorchDispatchMode):
+    """Notes which operations are played while it is entered, and how many numbers they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Play the operation and note it."""
+        found = func(*args, **(kwargs or {}))
+        self.names.add(_name(func, args))
+        for value in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.elements += value.numel()
+        return found
+
+
+def _name(func: Any, args: Any) -> str:
+    """Return an operation's name without its variants; whole powers are products."""
+    name = func.overloadpacket.__name__
+    if name == "pow" and len(args) > 1 and args[1] in (1, 2, 3):
+        return "mul"
+    return name.removesuffix("_") if not name.startswith("__") else name
+
+
+def _used(places: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the records of one row that count: the others are padding."""
+    used = weights != 0
+    return places[used], weights[used]
