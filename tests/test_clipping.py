@@ -47,7 +47,8 @@ def test_ghost_norms_are_those_of_written_down_gradients(activation, far):
         own, other = a.squared_norms().sum(1).sqrt(), b.squared_norms().sum(1).sqrt()
         assert float((own / other - 1).abs().max()) < (1e-12 if far > 1e-3 else 1e-8)
         weights = torch.rand(40, 1, dtype=torch.float64).expand(-1, a.squared_norms().shape[1])
-        assert torch.allclose(a.sum(weights), b.sum(weights[:, :1].expand(-1, len(p.tensor_sizes))), rtol=1e-12, atol=1e-14)
+        wide = weights[:, :1].expand(-1, len(p.tensor_sizes))
+        assert torch.allclose(a.sum(weights), b.sum(wide), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("far", [1e-1, 1e-6])

@@ -234,7 +234,7 @@ def test_features_approximate_the_kernel_as_one_over_root_m(name):
 
 
 def test_the_gradient_of_features_converges_and_is_exact():
-    """Errors halve for four times the features, in the mean over 16 times; the closed form equals automatic differentiation."""
+    """Errors halve for four times the features, in the mean; the closed form equals automatic differentiation."""
     points, x = cloud(40, 10, 0.3)
     values = torch.sin(3 * points).sum(1)
     values = (values - values.min()) / (values.max() - values.min())

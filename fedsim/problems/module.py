@@ -66,7 +66,7 @@ class ModuleProblem(Problem):
         self.records = np.array([len(part) for part in parts], dtype=np.int64)
         total = int(self.records.sum())
         self.scale = self.records * (self.n / total) if weights == "samples" else np.ones(self.n)
-        self._scale = torch.from_numpy(self.scale).to(self._dtype)
+        self._scale, self._scaled = torch.from_numpy(self.scale).to(self._dtype), weights == "samples"
         self._places, self._full = _padded(parts), _full_weights(self.records).to(self._dtype)
         self._prepare()
 
@@ -98,7 +98,11 @@ class ModuleProblem(Problem):
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
         g = self._rows.gradient(x.to(self._device), *self._inputs(nodes, batch)).cpu()
-        return self._scale[nodes][:, None] * (g + self.l2 * x)
+        if self.l2:
+            g += self.l2 * x
+        if self._scaled:
+            g *= self._scale[nodes][:, None]
+        return g
 
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `f_i(x_i)` `[rows]`."""

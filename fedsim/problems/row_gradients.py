@@ -77,8 +77,11 @@ class RowGradients:
         """Return `[rows, dim]` at `x [rows, dim]`; `places [rows, width]` are record numbers, `weights` theirs."""
         if self.nature.alone:
             return torch.stack([self._one(x[row], *_used(places[row], weights[row])) for row in range(len(x))])
+        chunks = list(self._chunks(*weights.shape))
+        if len(chunks) == 1:
+            return self._gradient(x, self._a[places], self._b[places], weights)
         total = torch.zeros_like(x)
-        for rows, own in self._chunks(*weights.shape):
+        for rows, own in chunks:
             chosen = places[rows, own]
             total[rows] += self._gradient(x[rows], self._a[chosen], self._b[chosen], weights[rows, own])
         return total

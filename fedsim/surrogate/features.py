@@ -44,16 +44,26 @@ class Features:
         With noise 0 and points that coincide the least squares of smallest norm.
         """
         phi = self(points, scale)
-        gram = phi @ phi.T
+        gram = _lower_gram(phi)
         while True:
             gram.diagonal().add_(noise)
             factor, info = torch.linalg.cholesky_ex(gram)
             if int(info) == 0:
                 return torch.cholesky_solve(values[:, None], factor)[:, 0] @ phi
             if noise == 0.0:
-                return torch.linalg.lstsq(gram, values[:, None], driver="gelsd").solution[:, 0] @ phi
+                whole = gram.tril() + gram.tril(-1).T
+                return torch.linalg.lstsq(whole, values[:, None], driver="gelsd").solution[:, 0] @ phi
             gram.diagonal().sub_(noise)
             noise *= 10.0
+
+
+def _lower_gram(phi: torch.Tensor) -> torch.Tensor:
+    """Return `phi phi'` on and below the diagonal, at 5/8 of the cost; what is above is unfinished."""
+    gram, end = phi.new_zeros((len(phi), len(phi))), 0
+    for rows in phi.chunk(4):
+        begin, end = end, end + len(rows)
+        torch.mm(rows, phi[:end].T, out=gram[begin:end, :end])
+    return gram
 
 
 @lru_cache(maxsize=1)
