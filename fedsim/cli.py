@@ -261,6 +261,17 @@ def compare(
     print(frame.to_json(orient="index", indent=2) if as_json else markdown(frame))
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run or a study, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="The file (default report.html in the folder).")] = None,
+) -> None:
+    """Write one self-contained HTML page: what was run, what came out, what it stands on, how to get it again."""
+    from fedsim.report.page import write
+
+    print(write(folder, out))
+
+
 @app.command("list")
 def list_(
     section: Annotated[str | None, typer.Argument(help="algorithm, problem, data, partition, topology, ...")] = None,
