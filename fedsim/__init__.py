@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.results.compare import compare
     from fedsim.results.result import Result, StudyResult, load
     from fedsim.run import resume, run
+    from fedsim.sweeping import sweep
     from fedsim.topology.topology import Topology
 
 # Where each public name lives; imported on first use, since torch alone takes over a second.
@@ -61,6 +62,7 @@ _HOME = {
     "load": "results.result",
     "resume": "run",
     "run": "run",
+    "sweep": "sweeping",
     "Topology": "topology.topology",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
     "load",
     "resume",
     "run",
+    "sweep",
 ]
 
 

@@ -99,6 +99,42 @@ def run(
 
 
 @app.command()
+def sweep(
+    scenario: ScenarioFile,
+    values: Annotated[
+        list[str] | None, typer.Argument(help="Axes: KEY=a,b,c or KEY=log:a,b,n; a single KEY=VALUE overrides.")
+    ] = None,
+    short: Short = False,
+    folder: Annotated[Path | None, typer.Option(help="Where results go and are found again (runs/NAME).")] = None,
+    cell: Annotated[int | None, typer.Option(help="Play this cell alone (a task of an array job).")] = None,
+    cells: Annotated[bool, typer.Option("--cells", help="Print the numbers of the cells, and play nothing.")] = False,
+    as_json: Json = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing at the end.")] = False,
+) -> None:
+    """Play every point of a grid over all variants; what has ended is kept, the rest goes side by side."""
+    from fedsim import sweeping
+    from fedsim.grid import from_command_line
+    from fedsim.progress import cells_shown
+    from fedsim.scenario import load_study, parsed
+
+    texts, axes = from_command_line(values or ())
+    overrides = parsed(texts) | {f"sweep.{key}": given for key, given in axes.items()}
+    if cells:
+        found = sweeping.numbered(load_study(scenario, overrides=overrides, short=short))
+        print(json.dumps(found) if as_json else "\n".join(f"{k} {a}-{b}" for k, (a, b) in found.items()))
+        return
+    with cells_shown(not (no_progress or as_json)) as progress:
+        result = sweeping.sweep(scenario, overrides=overrides, short=short, folder=folder, cell=cell, progress=progress)
+    if not _leads():
+        return
+    if cell is not None:
+        print(json.dumps(sweeping.cell_facts(result, cell), indent=2) if as_json else sweeping.cell_line(result, cell))
+        return
+    _print_result(result, [] if no_plot or as_json else _pictures(result), as_json)
+
+
+@app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of an interrupted run or study.")],
     as_json: Json = False,
@@ -365,6 +401,8 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     from fedsim.results.compare import markdown
     from fedsim.results.plots import what_was_saved
 
+    if "sweep" in getattr(result, "facts", {}):
+        _print_cells(result)
     if len(result.runs) > 1:
         try:
             frame = table([result.folder])
@@ -384,6 +422,20 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     print(f"results  {result.folder}")
     for file in files:
         print(f"picture  {file}")
+
+
+def _print_cells(result: Any) -> None:
+    from fedsim.grid import written
+    from fedsim.sweeping import counts
+
+    print(counts(result))
+    for choice in result.facts.get("select", {}).get("choices", ()):
+        cell = ", ".join(f"{key}={written(value)}" for key, value in choice["cell"].items())
+        edge = f"; at the edge of its grid: {', '.join(choice['edges'])}" if choice["edges"] else ""
+        print(
+            f"picked for {choice['variant']}: {cell} ({result.facts['select']['metric']} {choice['value']:.6g}{edge})"
+        )
+    print()
 
 
 def _print_rates(table: Any, best: str) -> None:

@@ -192,8 +192,8 @@ def _privacy(scenario: Scenario, algorithm: Algorithm) -> Privacy | None:
         InputError: the algorithm releases what no plan of it covers.
     """
     from fedsim.algorithms.private import PrivateAlgorithm
+    from fedsim.checks import build
     from fedsim.privacy.section import Privacy
-    from fedsim.scenario import build
 
     if scenario.privacy is None:
         return None

@@ -29,12 +29,62 @@ def shown(wanted: bool) -> Iterator[Progress | None]:
         def draw(name: str, now: float, horizon: float, row: dict[str, Any]) -> None:
             if name not in tasks:
                 tasks[name], begun[name] = bar.add_task(name, total=horizon, facts=""), time.perf_counter()
-            bar.update(tasks[name], completed=now, facts=_facts(now, row, time.perf_counter() - begun[name]))
+            bar.update(
+                tasks[name], completed=now, total=horizon, facts=_facts(now, row, time.perf_counter() - begun[name])
+            )
 
         yield draw
 
 
+@contextmanager
+def cells_shown(wanted: bool) -> Iterator[Progress | None]:
+    """Give a callback that draws how many cells ended, how many failed, and what is left; lines without a terminal."""
+    if not wanted:
+        yield None
+    elif sys.stderr.isatty():
+        with _cell_bar() as draw:
+            yield draw
+    else:
+        yield _cell_lines()
+
+
+@contextmanager
+def _cell_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[facts]}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("cells", facts="")
+
+        def draw(name: str, now: float, total: float, row: dict[str, Any]) -> None:
+            bar.update(task, completed=now, total=total, facts=f"{row['failed']} failed" if row["failed"] else "")
+
+        yield draw
+
+
+def _cell_lines(pause: float = 30.0) -> Progress:
+    """Write a line at most every `pause` seconds, with an estimate: for the log of a batch job."""
+    begun = last = time.perf_counter()
+    first: float | None = None
+
+    def draw(name: str, now: float, total: float, row: dict[str, Any]) -> None:
+        nonlocal last, first
+        first = now if first is None else first
+        clock = time.perf_counter()
+        if clock - last >= pause:
+            left = (clock - begun) * (total - now) / max(now - first, 1)
+            failed = f", {row['failed']} failed" if row["failed"] else ""
+            print(f"{now:.0f} of {total:.0f} cells ended{failed}; about {left:.0f} s left", file=sys.stderr, flush=True)
+            last = clock
+
+    return draw
+
+
 def _facts(now: float, row: dict[str, Any], seconds: float) -> str:
+    if "failed" in row:
+        return f"{row['failed']} failed"
     events = row["gradients"] + row["dual_gradients"] + row["communications"]
     metric = next((f"{m} {row[m]:.2e}" for m in ("distance", "loss", "consensus") if m in row), "")
     return f"t={now:g}  {events / max(seconds, 1e-9):,.0f} events/s  {metric}"

@@ -80,6 +80,10 @@ def run(
         source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
         study = load_study(source, overrides=overrides, short=short, live=live)
     refuse_disagreement(study, transport)
+    if study.is_sweep:
+        from fedsim.sweeping import play_sweep
+
+        return play_sweep(study, folder, live, progress)
     root = _root(folder, study.name, transport)
     if len(study.runs) == 1:
         return run_one(study.runs[0], root, live, progress=progress)
@@ -89,18 +93,20 @@ def run(
 def resume(folder: str | Path, progress: Progress | None = None) -> Result | StudyResult:
     """Go on from the last checkpoint of a run (or of the unfinished runs of a study), to the same bits."""
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.scenario import load_study
+    from fedsim.side_by_side import laid_out
 
     prepare_machine()
     connected()
     found = load(folder)
+    if isinstance(found, StudyResult) and "source" in found.facts:
+        from fedsim.sweeping import go_on
+
+        return go_on(found, progress)
     for result in found.runs:
         if result.status != "finished":
-            base = Path(result.facts["base"])
-            scenario = load_study(result.folder / "scenario.yaml", base=base).runs[0]
-            run_one(scenario, result.folder, progress=progress, again=True, variant=result.facts.get("variant"))
+            run_one(laid_out(result.folder), result.folder, progress=progress, again=True)
     if isinstance(found, StudyResult):
-        return _with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
+        return with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
     return Result(found.folder)
 
 
@@ -115,7 +121,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
 
     shared: dict[str, Any] = {}
     for scenario in {run.variant: run for run in reversed(study.runs)}.values():
-        _observer(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
+        observer_of(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
     refuse_mixtures((run.variant or run.folder, run.privacy) for run in study.runs)
     if connected().rank == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -127,17 +133,28 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     while waiting:
         done = len(study.runs) - len(waiting)
         if connected().size == 1 and live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
-            failures += play_all(waiting, root, progress)
+            folders = [root / scenario.folder for scenario in waiting]
+            play_all(folders, lambda folder: _tell(folder, progress))
+            failures += [f"{f.name}: {Result(f).facts['error']}" for f in folders if Result(f).status == "failed"]
             break
         scenario = waiting.pop(0)
         try:
             run_one(scenario, root / scenario.folder, live, shared, progress)
         except Diverged as error:
             failures.append(f"{scenario.folder}: {error}")
-    result = _with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
+    result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
     if failures:
         raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
     return result
+
+
+def _tell(folder: Path, progress: Progress | None) -> None:
+    """Draw a run that another process played."""
+    result = Result(folder)
+    if progress and result.status == "finished":
+        row = result.summary()["last"]
+        now = row.get("time", row.get("round", 0))
+        progress(folder.name, now, now, row)
 
 
 def run_one(
@@ -147,11 +164,10 @@ def run_one(
     shared: dict[str, Any] | None = None,
     progress: Progress | None = None,
     again: bool = False,
-    variant: str | None = None,
 ) -> Result:
     """Play one run into `root`; `again` goes on from its checkpoint. Rank 0 of a job writes, all play."""
     prepared = prepare(scenario, live, shared)
-    observer, layout = _observer(prepared), prepared.layout
+    observer, layout = observer_of(prepared), prepared.layout
     journal = Journal(root, scenario, again) if layout.rank == 0 else None
     player = prepared.player()
     player.start()
@@ -160,7 +176,7 @@ def run_one(
     if saved:
         done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
         player.load(own_part(saved, player.row_names, layout))
-    facts = _facts(prepared, variant or scenario.variant)
+    facts = _facts(prepared)
     guard = getattr(player, "guard", None)
     if guard is not None:
         guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
@@ -186,7 +202,7 @@ def run_one(
         facts["status"] = "interrupted"
         raise
     except BaseException as error:
-        facts.update(status="failed", error=str(error))
+        facts.update(status="failed", error=str(error), diverged=isinstance(error, Diverged))
         raise
     finally:
         if guard is not None:
@@ -321,7 +337,7 @@ def _refuse_divergence(row: dict[str, Any], target: float, constrained: bool) ->
         )
 
 
-def _observer(p: Prepared) -> Observer:
+def observer_of(p: Prepared) -> Observer:
     """Return what observes the run, after checking that it records every condition of `stop`."""
     from fedsim.algorithms.algorithm import SyncAlgorithm
 
@@ -335,7 +351,7 @@ def _observer(p: Prepared) -> Observer:
     return observer
 
 
-def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
+def _facts(p: Prepared) -> dict[str, Any]:
     from importlib.metadata import version
 
     from fedsim.engine.machine import prepare as prepare_machine
@@ -344,10 +360,7 @@ def _facts(p: Prepared, variant: str | None) -> dict[str, Any]:
     names = ("fedsim", "torch", "numpy", "scipy", "numba", "networkx")
     guarantee = p.algorithm.guarantee(p.setting)
     return {
-        "name": p.scenario.name,
-        "variant": variant,
-        "seed": p.scenario.seed,
-        "base": str(p.scenario.base),
+        **p.scenario.identity(),
         "scenario_digest": p.scenario.digest(),
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
         "machine": {"platform": platform.platform(), **prepare_machine()},
@@ -399,10 +412,11 @@ def _root(folder: str | Path | None, name: str, transport: Transport) -> Path:
     return root
 
 
-def _with_digest(study: StudyResult) -> StudyResult:
+def with_digest(study: StudyResult, tuning: Sequence[Path] = ()) -> StudyResult:
+    """Write the study's digest, and what its private runs (those that tuned it, too) spent together."""
     from fedsim.privacy.study import composed
 
-    privacy = composed([run.folder for run in study.runs])
+    privacy = composed([*tuning, *(run.folder for run in study.runs)])
     if privacy is not None:
         write_whole(study.folder / STUDY, _json({**study.facts, "privacy": privacy}))
         study = StudyResult(study.folder)

@@ -7,21 +7,41 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim import registry
+from fedsim.checks import Mistakes, build, check_named, check_schedule, check_stop, complete, known_keys, report
 from fedsim.errors import InputError, did_you_mean
-from fedsim.reading import Lines, line_of, read_value, read_yaml
-from fedsim.sections import COSTS, METRICS, PLAIN
+from fedsim.grid import axes_of, cells_of, label
+from fedsim.reading import read_value, read_yaml
+from fedsim.sections import PLAIN
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
+    from fedsim.grid import Axes, Cell
     from fedsim.prepare import Live
+    from fedsim.tuning import Select
 
 SECTIONS = ("topology", "rates", "mixing", "problem", "start", "algorithm", "schedule", "privacy", "stop", "record")
-KEYS = ("name", "claim", "seed", "data_seed", *SECTIONS, "checkpoint", "engine", "seeds", "variants", "short")
+KEYS = (
+    "name",
+    "claim",
+    "seed",
+    "data_seed",
+    *SECTIONS,
+    "checkpoint",
+    "engine",
+    "seeds",
+    "variants",
+    "sweep",
+    "select",
+    "short",
+)
+OF_STUDY = ("variants", "short")
+NO_AXES = ("name", "claim", "seed", "seeds", "variants", "sweep", "select", "short")
 NOT_IN_DIGEST = ("name", "claim", "record", "checkpoint", "engine")
 
 
@@ -31,8 +51,8 @@ class Scenario:
 
     Sections are dictionaries with the keys of the file. `data_seed` seeds graph, data and partition (the file's
     seed, so that they stay the same over the seeds of a study; `each`: the run's own). `variant` and `folder` name the
-    run in its study, `base` is the folder that relative files are looked up from. `live` lists sections given as
-    objects instead.
+    run in its study; in a sweep `of` is the variant that it is a cell of, and `cell` the values of the swept keys.
+    `base` is the folder that relative files are looked up from. `live` lists sections given as objects instead.
     """
 
     name: str
@@ -43,6 +63,8 @@ class Scenario:
     claim: str = ""
     variant: str | None = None
     folder: str = "run"
+    of: str | None = None
+    cell: Mapping[str, Any] = field(default_factory=dict)
     live: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,6 +83,27 @@ class Scenario:
         text = json.dumps({**kept, "sources": dict(self.sources), "live": self.live}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this run from the others of its study, as `run.json` holds it."""
+        cell = {"of": self.of, "cell": dict(self.cell)} if self.cell else {}
+        own = {"name": self.name, "variant": self.variant, "seed": self.seed, "base": str(self.base)}
+        return {**own, **cell}
+
+    def key(self) -> str:
+        """Return the SHA-256 of all that a result file depends on: a run with the same key need not be played again.
+
+        Beside what `digest` covers: what is recorded, live engines, the files that are named, and fedsim's version.
+        """
+        engine = {k: v for k, v in (self.engine or {}).items() if k not in ("transport", "block", "player", "timeout")}
+        parts = (
+            self.digest(),
+            dict(self.record or {}),
+            engine,
+            _named_files(self.sections, self.base),
+            version("fedsim"),
+        )
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
     def to_yaml(self) -> str:
         """Return the resolved scenario as a file that runs by itself."""
         import yaml
@@ -76,30 +119,25 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs that one scenario file asks for: variants times seeds, one run where there are neither."""
+    """The runs that one scenario file asks for: variants times cells of the sweep times seeds, or one run.
+
+    With `select`, `tuning` are the runs that it looks at, and of `runs` only those of the cells it picks are played.
+    `axes` are the swept values of each variant, `source` is what it was read from: `load_study(**source)` gives it
+    again.
+    """
 
     name: str
     runs: tuple[Scenario, ...]
     claim: str = ""
+    tuning: tuple[Scenario, ...] = ()
+    select: Select | None = None
+    axes: Mapping[str | None, Axes] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
 
-
-@dataclass
-class _Mistakes:
-    """Collects everything that is wrong, each with its place, for one report."""
-
-    file: str
-    lines: Lines
-    found: dict[str, None] = field(default_factory=dict)
-
-    def add(self, path: Sequence[str], message: str) -> None:
-        line = line_of(self.lines, path)
-        place = f"{self.file}:{line}" if line else self.file
-        self.found.setdefault(f"{place}: {'.'.join(str(p) for p in path)}: {message}")
-
-    def refuse(self) -> None:
-        if self.found:
-            count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
-            raise InputError(f"{count}, nothing was run:\n" + "\n".join(f"  {text}" for text in self.found))
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it has cells."""
+        return any(self.axes.values())
 
 
 def load_study(
@@ -108,7 +146,7 @@ def load_study(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     short: bool = False,
     live: Live | None = None,
-    base: Path | None = None,
+    base: str | Path | None = None,
 ) -> Study:
     """Read, override and check a scenario; order of overrides: file, variant, short, then these.
 
@@ -125,29 +163,132 @@ def load_study(
     if isinstance(source, str | Path):
         file = Path(source)
         content, lines = read_yaml(file)
-        base, name = base or file.resolve().parent, file.stem
+        base, name = Path(base or file.resolve().parent), file.stem
     else:
         content, lines, file = copy.deepcopy(dict(source)), {}, Path("scenario")
-        base, name = base or Path.cwd(), "run"
-    mistakes = _Mistakes(str(source) if isinstance(source, str | Path) else "scenario", lines)
+        base, name = Path(base or Path.cwd()), "run"
+    mistakes = Mistakes(str(source) if isinstance(source, str | Path) else "scenario", lines)
     _refuse_unknown_keys(content, mistakes)
     given = tuple(s for s in ("topology", "problem", "algorithm") if live and getattr(live, s) is not None)
-    extra = _parsed(overrides)
     if short and "short" not in content:
         mistakes.add(("short",), "this scenario has no short form; run it without --short")
-    runs = []
-    for variant, seed, merged in _expand(content, extra, short, mistakes):
-        runs.append(_scenario(merged, name, base, variant, seed, given, live, mistakes))
+    reader = _Reader(name, base, given, live, mistakes)
+    extra = parsed(overrides)
+    grids = [reader.grid(*part) for part in _variants(content, extra, short, mistakes)]
+    reader.refuse_unfair(grids)
     mistakes.refuse()
-    title = str(content.get("name", name))
-    return Study(title, _with_folders(runs, title), str(content.get("claim", "")))
+    title, sweep = str(extra.get("name", content.get("name", name))), any(grid.axes for grid in grids)
+    runs, tuning = [r for grid in grids for r in grid.runs], [r for grid in grids for r in grid.tuning]
+    return Study(
+        title,
+        _with_folders(runs, title, sweep),
+        str(content.get("claim", "")),
+        _with_folders(tuning, title, sweep),
+        grids[0].select,
+        {grid.variant: grid.axes for grid in grids},
+        {"source": {**content, "name": title}, "overrides": extra, "short": short, "base": str(base)},
+    )
 
 
-def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """Return `cls(**values)`, checked against the annotations of the dataclass; raises pydantic's error."""
-    from pydantic import TypeAdapter
+@dataclass(frozen=True)
+class _Grid:
+    """The runs of one variant."""
 
-    return TypeAdapter(cls).validate_python(dict(values))
+    variant: str | None
+    axes: Axes
+    select: Select | None
+    runs: list[Scenario]
+    tuning: list[Scenario]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes runs of merged sections; what is wrong goes to `mistakes`."""
+
+    name: str
+    base: Path
+    given: tuple[str, ...]
+    live: Live | None
+    mistakes: Mistakes
+
+    def grid(self, variant: str | None, merged: dict[str, Any]) -> _Grid:
+        """Return a variant's runs: cells times seeds, and those for tuning."""
+        axes, select = _axes(merged, self.mistakes), _select(merged, self.mistakes)
+        seeds = _seeds(merged, self.mistakes)
+        apart = self._tuning_seeds(select, seeds)
+        runs, tuning = [], []
+        for cell in cells_of(axes):
+            at = self._at(merged, cell)
+            first = replace(self._scenario(at, seeds[0]), of=variant, cell=cell)
+            title = label(variant, cell, axes)
+            runs += [_seeded(first, at, seed, variant if select else title) for seed in seeds]
+            tuning += [_seeded(first, at, seed, title) for seed in apart]
+        return _Grid(variant, axes, select, runs, tuning)
+
+    def refuse_unfair(self, grids: Sequence[_Grid]) -> None:
+        """Check what `select` asks for against all variants."""
+        from fedsim.tuning import refuse_unequal
+
+        select = grids[0].select
+        if any(grid.select != select for grid in grids):
+            self.mistakes.add(("variants",), "select is for all variants; one cannot have its own")
+        if select is None:
+            return
+        if not any(grid.axes for grid in grids):
+            self.mistakes.add(("select",), "nothing to select from; give sweep: a grid")
+        try:
+            refuse_unequal(select, {grid.variant: len(cells_of(grid.axes)) for grid in grids})
+        except InputError as error:
+            self.mistakes.add(("select",), str(error))
+
+    def _tuning_seeds(self, select: Select | None, seeds: Sequence[int]) -> list[int]:
+        from fedsim.tuning import tuning_seeds
+
+        try:
+            return tuning_seeds(select, seeds) if select else []
+        except InputError as error:
+            self.mistakes.add(("select", "seeds"), str(error))
+            return []
+
+    def _at(self, merged: dict[str, Any], cell: Cell) -> dict[str, Any]:
+        at = copy.deepcopy(merged)
+        _apply(at, cell, ("sweep",), self.mistakes)
+        return at
+
+    def _scenario(self, merged: dict[str, Any], seed: int) -> Scenario:
+        """Check and complete every section of one run."""
+        sections: dict[str, Any] = {}
+        for section in ("topology", "problem", "algorithm", "schedule"):
+            if section not in merged and section not in self.given:
+                self.mistakes.add((section,), "missing; every scenario needs topology, problem, algorithm and schedule")
+        for key in (*SECTIONS, "checkpoint", "engine"):
+            value = merged.get(key)
+            if value is not None and not isinstance(value, Mapping):
+                such = f", such as {key}: {{kind: {value}}}" if isinstance(value, str) else ""
+                self.mistakes.add((key,), f"{value!r} given, a section with keys needed{such}")
+            elif value is not None:
+                sections[key] = dict(value)
+        for key, cls in PLAIN.items():
+            if key in sections or key in ("start", "record", "engine"):
+                sections[key] = complete(key, cls, sections.get(key, {}), self.mistakes)
+        check_named(sections, self.base, self.mistakes)
+        check_stop(sections.get("stop"), self.mistakes)
+        check_schedule(sections, self.base, self.live, self.mistakes)
+        return Scenario(
+            name=str(merged.get("name", self.name)),
+            seed=seed,
+            data_seed=_data_seed(merged, seed, self.mistakes),
+            sections=sections,
+            base=self.base,
+            claim=str(merged.get("claim", "")),
+            live=self.given,
+            sources=_sources(sections, self.base),
+        )
+
+
+def _seeded(scenario: Scenario, merged: Mapping[str, Any], seed: int, variant: str | None) -> Scenario:
+    own = seed if merged.get("data_seed") == "each" else scenario.data_seed
+    return replace(scenario, seed=seed, data_seed=own, variant=variant)
 
 
 def override(content: dict[str, Any], key: str, value: Any) -> None:
@@ -171,7 +312,12 @@ def override(content: dict[str, Any], key: str, value: Any) -> None:
     place[last] = copy.deepcopy(value)
 
 
-def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+def parsed(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides as dotted keys and values.
+
+    Raises:
+        InputError: a text that is not KEY=VALUE.
+    """
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed = {}
@@ -183,29 +329,69 @@ def _parsed(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _expand(
-    content: dict[str, Any], extra: dict[str, Any], short: bool, mistakes: _Mistakes
-) -> Iterator[tuple[str | None, int, dict[str, Any]]]:
-    """Yield (variant, seed, merged sections) for every run."""
+def _variants(
+    content: dict[str, Any], extra: dict[str, Any], short: bool, mistakes: Mistakes
+) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Yield (variant, merged sections) for every variant."""
     variants = content.get("variants") or {None: {}}
     if not isinstance(variants, Mapping) or not all(isinstance(v, Mapping | None) for v in variants.values()):
         mistakes.add(("variants",), "a name and a set of dotted overrides for each variant are needed")
         variants = {None: {}}
     brief = content.get("short") or {} if short else {}
     for name, changes in variants.items():
-        merged = {key: copy.deepcopy(v) for key, v in content.items() if key not in ("variants", "short")}
+        merged = {key: copy.deepcopy(v) for key, v in content.items() if key not in OF_STUDY}
         for part, where in ((changes or {}, ("variants", str(name))), (brief, ("short",)), (extra, ("command line",))):
             _apply(merged, part, where, mistakes)
-        merged = {key: value for key, value in merged.items() if key not in ("variants", "short")}
-        for seed in _seeds(merged, mistakes):
-            yield (None if name is None else str(name)), seed, copy.deepcopy(merged)
+        yield (None if name is None else str(name)), merged
 
 
-def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str, ...], mistakes: _Mistakes) -> None:
+def _axes(merged: dict[str, Any], mistakes: Mistakes) -> Axes:
+    section = merged.get("sweep") or {}
+    if not isinstance(section, Mapping):
+        mistakes.add(("sweep",), f"{section!r} given; dotted keys with lists of values are needed")
+        return {}
+    try:
+        axes = axes_of(section)
+    except InputError as error:
+        mistakes.add(("sweep",), str(error))
+        return {}
+    for key in axes:
+        if key.partition(".")[0] in NO_AXES:
+            mistakes.add(("sweep", key), "cannot be swept; sweep the keys of sections (seeds has its own key)")
+    return axes
+
+
+def _select(merged: dict[str, Any], mistakes: Mistakes) -> Select | None:
+    from fedsim.tuning import Select, refuse_cost
+
+    section = merged.get("select")
+    if section is None:
+        return None
+    if not isinstance(section, Mapping):
+        mistakes.add(("select",), f"{section!r} given; metric and seeds are needed, such as {{metric: loss, seeds: 3}}")
+        return None
+    try:
+        select = build(Select, known_keys(("select",), section, [f.name for f in fields(Select)], mistakes))
+        refuse_cost(select)
+        return select
+    except InputError as error:
+        mistakes.add(("select", "at"), str(error))
+    except (TypeError, ValueError) as error:
+        report(("select",), error, mistakes)
+    return None
+
+
+def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str, ...], mistakes: Mistakes) -> None:
     for key, value in sorted(changes.items(), key=lambda item: not str(item[0]).endswith((".kind", ".file"))):
-        top = str(key).split(".")[0]
-        if top not in KEYS or top in ("variants", "short"):
+        top, _, rest = str(key).partition(".")
+        if top in OF_STUDY:
+            mistakes.add((*where, str(key)), f"{top} stands in the file alone; nothing can override it")
+            continue
+        if top not in KEYS:
             mistakes.add((*where, str(key)), f"no section {top!r}{did_you_mean(top, KEYS)}")
+            continue
+        if top == "sweep" and rest:  # the keys of a sweep are dotted themselves
+            merged["sweep"] = {**(merged.get("sweep") or {}), rest: value}
             continue
         try:
             override(merged, str(key), value)
@@ -213,7 +399,7 @@ def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str,
             mistakes.add((*where, str(key)), str(error))
 
 
-def _seeds(merged: dict[str, Any], mistakes: _Mistakes) -> list[int]:
+def _seeds(merged: dict[str, Any], mistakes: Mistakes) -> list[int]:
     first, seeds = merged.get("seed", 0), merged.get("seeds", 1)
     if not _whole(first) or first < 0:
         mistakes.add(("seed",), f"{first!r} given, a whole number of at least 0 needed")
@@ -230,55 +416,13 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _refuse_unknown_keys(content: Mapping[str, Any], mistakes: _Mistakes) -> None:
+def _refuse_unknown_keys(content: Mapping[str, Any], mistakes: Mistakes) -> None:
     for key in content:
         if key not in KEYS:
             mistakes.add((str(key),), f"unknown key{did_you_mean(str(key), KEYS)}; known: {', '.join(KEYS)}")
 
 
-def _scenario(
-    merged: dict[str, Any],
-    name: str,
-    base: Path,
-    variant: str | None,
-    seed: int,
-    given: tuple[str, ...],
-    live: Live | None,
-    mistakes: _Mistakes,
-) -> Scenario:
-    """Check and complete every section of one run."""
-    sections: dict[str, Any] = {}
-    for section in ("topology", "problem", "algorithm", "schedule"):
-        if section not in merged and section not in given:
-            mistakes.add((section,), "missing; every scenario needs topology, problem, algorithm and schedule")
-    for key in (*SECTIONS, "checkpoint", "engine"):
-        value = merged.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            such = f", such as {key}: {{kind: {value}}}" if isinstance(value, str) else ""
-            mistakes.add((key,), f"{value!r} given, a section with keys needed{such}")
-            value = None
-        if value is not None:
-            sections[key] = dict(value)
-    for key, cls in PLAIN.items():
-        if key in sections or key in ("start", "record", "engine"):
-            sections[key] = _plain(key, cls, sections.get(key, {}), mistakes)
-    _check_named(sections, base, mistakes)
-    _check_stop(sections.get("stop"), mistakes)
-    _check_schedule(sections, base, live, mistakes)
-    return Scenario(
-        name=str(merged.get("name", name)),
-        seed=seed,
-        data_seed=_data_seed(merged, seed, mistakes),
-        sections=sections,
-        base=base,
-        claim=str(merged.get("claim", "")),
-        variant=variant,
-        live=given,
-        sources=_sources(sections, base),
-    )
-
-
-def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: _Mistakes) -> int:
+def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: Mistakes) -> int:
     given = merged.get("data_seed", merged.get("seed", 0))
     if given == "each":
         return seed
@@ -287,176 +431,6 @@ def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: _Mistakes) -> int
             mistakes.add(("data_seed",), f"{given!r} given; a whole number of at least 0, or each, is needed")
         return 0
     return int(given or 0)
-
-
-def _plain(key: str, cls: type, values: Mapping[str, Any], mistakes: _Mistakes) -> dict[str, Any]:
-    allowed = [f.name for f in fields(cls)]
-    known = _known_keys((key,), values, allowed, mistakes)
-    try:
-        return {name: v for name, v in asdict(build(cls, known)).items() if v is not None or name == "metrics"}
-    except Exception as error:
-        _add_pydantic((key,), error, mistakes)
-        return dict(known)
-
-
-def _known_keys(path: tuple[str, ...], values: Mapping[str, Any], allowed: Sequence[str], mistakes: _Mistakes) -> dict:
-    for name in values:
-        if name not in allowed:
-            hint = did_you_mean(str(name), allowed)
-            mistakes.add((*path, str(name)), f"unknown key{hint}; known: {', '.join(allowed)}")
-    return {name: value for name, value in values.items() if name in allowed}
-
-
-def _add_pydantic(path: tuple[str, ...], error: Exception, mistakes: _Mistakes) -> None:
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        raise error
-    merged: dict[tuple[str, ...], list[str]] = {}
-    for item in error.errors():
-        where = tuple(str(p) for p in item["loc"][:1])
-        given = "" if item["type"] == "missing" else f" ({item['input']!r} given)"
-        text = "this key is missing" if item["type"] == "missing" else item["msg"][0].lower() + item["msg"][1:] + given
-        merged.setdefault((*path, *where), []).append(text)
-    for where, texts in merged.items():
-        mistakes.add(where, "; or ".join(dict.fromkeys(texts)))
-
-
-def _check_named(sections: dict[str, Any], base: Path, mistakes: _Mistakes) -> None:
-    """Check the sections that name a component."""
-    for section in ("algorithm", "problem"):
-        if section in sections:
-            _check_component((section,), section, sections[section], base, mistakes)
-    problem = sections.get("problem", {})
-    for part in ("data", "partition", "composite"):
-        if isinstance(problem.get(part), Mapping):
-            _check_component(("problem", part), part, problem[part], base, mistakes)
-    _check_topology(sections.get("topology"), base, mistakes)
-    _check_kind("rates", sections.get("rates"), registry.RATES.split(), _rates_keys(), mistakes)
-    _check_kind("mixing", sections.get("mixing"), registry.MIXINGS.split(), ("lazy",), mistakes)
-
-
-def _rates_keys() -> tuple[str, ...]:
-    from fedsim.topology.rates import KEYS as keys
-
-    return tuple(k for k in (*keys, "scale") if k not in ("kind", "file"))
-
-
-# Keys that stand beside the component's own, with what reads them.
-BESIDE = {
-    "problem": ("data", "partition", "composite", "normalise", "standardise", "bias", "weights", "l2"),
-    "data": ("normalise", "bias"),
-    "partition": (),
-    "composite": (),
-    "algorithm": (),
-}
-
-
-def _check_component(
-    path: tuple[str, ...], section: str, values: Mapping[str, Any], base: Path, mistakes: _Mistakes
-) -> None:
-    rest = dict(values)
-    kind = rest.pop("kind", None)
-    if not isinstance(kind, str):
-        mistakes.add((*path, "kind"), f"missing; known: {', '.join(registry.KINDS[section])}")
-        return
-    try:
-        cls = registry.find(section, kind, base)
-    except InputError as error:
-        mistakes.add((*path, "kind"), str(error).partition(": ")[2])
-        return
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        mistakes.add((*path, "kind"), f"{kind} does not define {', '.join(missing)}")
-        return
-    if ":" in kind and section == "problem":
-        return  # a user's own problem reads its own keys
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        mistakes.add((*path, "kind"), f"{kind} is no dataclass; put @dataclass(frozen=True) before the class")
-        return
-    own = [f.name for f in fields(cls) if f.init]
-    beside = [name for name in BESIDE[section] if name not in own]
-    known = _known_keys(path, rest, (*own, *beside), mistakes)
-    try:
-        build(cls, {name: value for name, value in known.items() if name in own})
-    except InputError as error:
-        mistakes.add(path, str(error))
-    except Exception as error:
-        _add_pydantic(path, error, mistakes)
-
-
-def _check_topology(values: Mapping[str, Any] | None, base: Path, mistakes: _Mistakes) -> None:
-    if values is None:
-        return
-    from fedsim.topology.generators import maker, parameter_names
-
-    if "file" in values:
-        _known_keys(("topology",), values, ("file", "name", "order"), mistakes)
-        return
-    kind = values.get("kind")
-    if not isinstance(kind, str):
-        mistakes.add(("topology", "kind"), "missing; give kind (ring, torus, ... or any networkx generator) or file")
-        return
-    try:
-        allowed = parameter_names(maker(kind))
-    except InputError as error:
-        mistakes.add(("topology", "kind"), str(error).partition(": ")[2])
-        return
-    _known_keys(("topology",), values, ("kind", "name", "order", *allowed), mistakes)
-
-
-def _check_kind(
-    section: str, values: Mapping[str, Any] | None, kinds: Sequence[str], keys: Sequence[str], mistakes: _Mistakes
-) -> None:
-    if values is None:
-        return
-    kind = values.get("kind", kinds[0])
-    if kind not in kinds and "file" not in values:
-        mistakes.add(
-            (section, "kind"), f"{kind!r} is not known{did_you_mean(str(kind), kinds)}; known: {', '.join(kinds)}"
-        )
-    _known_keys((section,), values, ("kind", "file", *keys), mistakes)
-    if section == "rates" and values.get("scale", "theory") not in ("theory", "none", None):
-        mistakes.add(("rates", "scale"), f"{values['scale']!r} given; theory or none is needed")
-
-
-def _check_stop(values: Mapping[str, Any] | None, mistakes: _Mistakes) -> None:
-    for name, bound in (values or {}).items():
-        if name not in (*COSTS, *METRICS):
-            hint = did_you_mean(str(name), (*COSTS, *METRICS))
-            mistakes.add(("stop", str(name)), f"unknown condition{hint}; known: {', '.join((*METRICS, *COSTS))}")
-        elif isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
-            mistakes.add(("stop", str(name)), f"{bound!r} given, a number above 0 needed")
-
-
-def _check_schedule(sections: dict[str, Any], base: Path, live: Live | None, mistakes: _Mistakes) -> None:
-    """Set the schedule's kind from the algorithm, and refuse combinations that mean nothing."""
-    from fedsim.algorithms.algorithm import SyncAlgorithm
-
-    schedule = sections.get("schedule")
-    cls: Any = type(live.algorithm) if live and live.algorithm is not None else None
-    if cls is None:
-        try:
-            cls = registry.find("algorithm", str(sections.get("algorithm", {}).get("kind")), base)
-        except InputError:
-            return  # reported already
-    if schedule is None:
-        return
-    sync = issubclass(cls, SyncAlgorithm)
-    needed, name = ("rounds" if sync else "poisson"), getattr(cls, "kind", cls.__name__)
-    live_time = schedule.get("kind") == "live" and not sync
-    if schedule.get("unit") is not None and not live_time:
-        mistakes.add(("schedule", "unit"), "only live time has a unit in seconds; give kind: live")
-    if schedule.get("kind", needed) != needed and not live_time:
-        what = "in rounds" if sync else "by events"
-        mistakes.add(("schedule", "kind"), f"{schedule['kind']!r} given, but {name} works {what}: {needed} is needed")
-    schedule["kind"] = "live" if live_time else needed
-    if sync and not isinstance(schedule.get("horizon"), str) and float(schedule.get("horizon", 1)) % 1:
-        mistakes.add(("schedule", "horizon"), f"{schedule['horizon']} given, a whole number of rounds needed")
-    unused = "rates" if sync else "mixing"
-    if unused in sections:
-        text = "mixes in rounds and has no gossip rates; leave rates out" if sync else "does not mix; leave mixing out"
-        mistakes.add((unused,), f"{name} {text}")
 
 
 def _sources(sections: Mapping[str, Any], base: Path) -> dict[str, str]:
@@ -468,17 +442,30 @@ def _sources(sections: Mapping[str, Any], base: Path) -> dict[str, str]:
     return found
 
 
-def _with_folders(runs: list[Scenario], title: str) -> tuple[Scenario, ...]:
-    """Give every run of a study a folder name that tells variant and seed."""
-    from dataclasses import replace
+def _named_files(value: Any, base: Path) -> dict[str, str]:
+    """Return the hashes of all files that a section's values name."""
+    if isinstance(value, Mapping):
+        return {k: v for inner in value.values() for k, v in _named_files(inner, base).items()}
+    if isinstance(value, list):
+        return {k: v for inner in value for k, v in _named_files(inner, base).items()} if len(value) < 100 else {}
+    name = str(value).rpartition(":")[0] if ".py:" in str(value) else value
+    if not (isinstance(name, str) and 0 < len(name) < 1000 and (base / name).is_file()):
+        return {}
+    with (base / name).open("rb") as file:
+        return {name: hashlib.file_digest(file, "sha256").hexdigest()}
 
-    if len(runs) == 1:
+
+def _with_folders(runs: list[Scenario], title: str, sweep: bool) -> tuple[Scenario, ...]:
+    """Give every run of a study a folder name that tells variant and seed, and in a sweep its content."""
+    if len(runs) == 1 and not sweep:
         return (replace(runs[0], folder=title),)
-    return tuple(
-        replace(run, folder="-".join([*([_slug(run.variant)] if run.variant else []), f"seed{run.seed}"]))
-        for run in runs
-    )
+    return tuple(replace(run, folder=_folder(run, sweep)) for run in runs)
+
+
+def _folder(run: Scenario, sweep: bool) -> str:
+    parts = [*([_slug(run.variant)] if run.variant else []), f"seed{run.seed}"]
+    return "-".join([*parts, run.key()[:12]] if sweep else parts)
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "variant"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e+", "e")).strip("-.").lower() or "variant"

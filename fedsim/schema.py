@@ -14,9 +14,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fedsim import registry
-from fedsim.scenario import BESIDE, KEYS
-from fedsim.sections import COSTS, METRICS, PLAIN
+from fedsim.checks import BESIDE
+from fedsim.scenario import KEYS
+from fedsim.sections import COSTS, HIGHER_IS_BETTER, METRICS, PLAIN
+from fedsim.tuning import Select
 
+STOPS = (*METRICS, "test_loss", *sorted(HIGHER_IS_BETTER), *COSTS)
 FILE = Path(__file__).parent / "schema.json"
 
 
@@ -37,13 +40,18 @@ def schema() -> dict[str, Any]:
         "mixing": _kinds(registry.MIXINGS.split(), {"lazy": {"type": "boolean"}}),
         "stop": {
             "type": "object",
-            "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in (*METRICS, *COSTS)},
+            "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in STOPS},
             "additionalProperties": False,
         },
         "variants": {"type": "object", "additionalProperties": {"type": ["object", "null"]}},
+        "sweep": {
+            "type": "object",
+            "description": "dotted keys and their values: every point of the grid is played, for every variant",
+            "additionalProperties": {"anyOf": [{"type": "array", "minItems": 1}, _log_range()]},
+        },
         "short": {"type": "object", "description": "dotted overrides of the short form"},
     }
-    for name, cls in PLAIN.items():
+    for name, cls in {**PLAIN, "select": Select}.items():
         properties[name] = _of(cls, definitions)
     definitions["data"] = _component("data", definitions, {})
     definitions["partition"] = _component("partition", definitions, {})
@@ -60,6 +68,17 @@ def schema() -> dict[str, Any]:
         "required": ["topology", "problem", "algorithm", "schedule"],
         "additionalProperties": False,
         "$defs": definitions,
+    }
+
+
+def _log_range() -> dict[str, Any]:
+    numbers = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
+    return {
+        "type": "object",
+        "description": "from, to, number of values: evenly spaced in the logarithm",
+        "properties": {"log": numbers},
+        "required": ["log"],
+        "additionalProperties": False,
     }
 
 

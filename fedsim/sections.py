@@ -98,6 +98,9 @@ COSTS = (
     "seconds",
 )
 METRICS = ("distance", "consensus", "loss", "stationarity")
+HIGHER_IS_BETTER = frozenset(
+    {"accuracy", "test_accuracy", "node_test_accuracy", "success", "precision", "recall", "f1", "jaccard"}
+)
 
 PLAIN: dict[str, Any] = {
     "start": Start,

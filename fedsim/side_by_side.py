@@ -1,24 +1,31 @@
-"""Runs of a study side by side: one process each, as many as there are free cores."""
+"""Runs side by side: a worker process per free core, which imports once and plays one run after another."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from fedsim.results.folder import RunFolder
-from fedsim.results.result import Result
+from fedsim.errors import Diverged, FedsimError, InputError, Stopped
+from fedsim.results.folder import SCENARIO, RunFolder
 
 if TYPE_CHECKING:
     from fedsim.scenario import Scenario
 
 LONG = 20.0
 """Seconds of work left from which starting processes (some seconds of imports each) pays."""
+KEPT = 8  # problems, topologies and rates that a worker keeps for its next runs
+
+Worker = subprocess.Popen[bytes]
+Ended = Callable[[Path], None]
 
 
 def free_cores() -> int:
@@ -31,48 +38,157 @@ def worth_it(seconds: float, done: int, waiting: int) -> bool:
     return done > 0 and waiting > 1 and free_cores() > 1 and seconds / done * waiting > LONG
 
 
-def play_all(runs: Sequence[Scenario], root: Path, progress: Callable[..., Any] | None) -> list[str]:
-    """Play the runs, each into its folder in `root`; return a line for each that diverged or failed.
-
-    A run is started as `fedsim resume FOLDER` on a folder that waits.
-    """
-    waiting, playing, failures = list(runs), {}, []
-    try:
-        while waiting or playing:
-            while waiting and len(playing) < free_cores():
-                scenario = waiting.pop(0)
-                playing[scenario.folder] = _start(root / scenario.folder)
-            time.sleep(0.05)
-            for name in [name for name, process in playing.items() if process.poll() is not None]:
-                failures += _ended(name, root / name, playing.pop(name), progress)
-    finally:
-        for process in playing.values():
-            process.terminate()
-        for process in playing.values():
-            process.wait()
-    return failures
-
-
 def lay_out(scenario: Scenario, folder: Path) -> None:
     """Leave a folder that waits for its run, so that a study that is killed before it can be read and resumed."""
     files = RunFolder(folder)
     files.write_scenario(scenario.to_yaml())
-    facts = {"status": "waiting", "variant": scenario.variant, "seed": scenario.seed, "base": str(scenario.base)}
-    files.write_run({"name": scenario.name, **facts})
+    files.write_run({"status": "waiting", **scenario.identity()})
 
 
-def _start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fedsim", "resume", str(folder), "--json", "--no-progress"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def laid_out(folder: Path) -> Scenario:
+    """Return the scenario of a folder as `lay_out` (or a run) left it."""
+    from fedsim.scenario import load_study
+
+    facts = RunFolder(folder).read_run()
+    scenario = load_study(folder / SCENARIO, base=Path(facts["base"])).runs[0]
+    return replace(scenario, variant=facts["variant"], of=facts.get("of"), cell=facts.get("cell", {}))
 
 
-def _ended(name: str, folder: Path, process: subprocess.Popen[str], progress: Callable[..., Any] | None) -> list[str]:
-    _, errors = process.communicate()
-    if process.returncode == 0:
-        if progress:
-            row = Result(folder).summary()["last"]
-            now = row.get("time", row.get("round", 0))
-            progress(name, now, now, row)
-        return []
-    facts = json.loads((folder / "run.json").read_text())
-    return [f"{name}: {facts.get('error') or errors.strip() or f'exit code {process.returncode}'}"]
+def play_all(folders: Sequence[Path], ended: Ended | None = None) -> None:
+    """Play the runs that wait in these folders; how each ended stands in its `run.json`.
+
+    A worker that dies (killed for its memory, say) fails the run it was at; another takes its place.
+    """
+    waiting, free, busy = list(reversed(folders)), [], {}
+    with ExitStack() as stack:
+        for _ in range(min(free_cores(), len(folders))):
+            free.append(stack.enter_context(_worker()))
+        while waiting or busy:
+            while waiting and free:
+                worker, folder = free.pop(), waiting.pop()
+                _send(worker, folder)
+                busy[worker] = folder
+            for worker in _done(list(busy)):
+                folder = busy.pop(worker)
+                if worker.returncode is not None:
+                    _note_death(folder, worker)
+                    worker = stack.enter_context(_worker())
+                free.append(worker)
+                if ended:
+                    ended(folder)
+
+
+def play_folder(folder: Path, shared: dict[str, Any] | None = None, scenario: Scenario | None = None) -> None:
+    """Play, or go on with, the run that a folder waits for; how it ends stands in its `run.json`.
+
+    A run that fails is a result, so only a signal's `Stopped` is raised; of a job of several processes also what
+    need not have happened on all of them. What has ended is left alone; what another job plays is waited for.
+    """
+    from fedsim.job import connected
+    from fedsim.run import run_one
+
+    expected = Exception if connected().size == 1 else (Diverged, InputError)
+    with _taken(folder) as mine:
+        if not mine:
+            return
+        try:
+            run_one(scenario or laid_out(folder), folder, shared=shared, again=True)
+        except Stopped:
+            raise
+        except expected as error:
+            if connected().rank == 0:
+                _note_failure(folder, error)
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether a run came to a result: playing it again would give the same. Lost processes are no result."""
+    facts = RunFolder(folder).read_run()
+    return facts["status"] == "finished" or bool(facts.get("diverged") or facts.get("refused"))
+
+
+def main() -> None:
+    """Be a worker: play the folder on each line of standard input, answer each with a line."""
+    from fedsim.engine.machine import prepare
+
+    prepare()
+    shared: dict[str, Any] = {}
+    for line in sys.stdin:
+        if len(shared) > KEPT:
+            shared.clear()
+        try:
+            play_folder(Path(json.loads(line)), shared)
+        except Stopped:
+            return
+        print("ended", flush=True)
+
+
+def _note_failure(folder: Path, error: Exception) -> None:
+    """Write why a run failed before it began, and where an error came from that is not fedsim's own."""
+    files = RunFolder(folder)
+    facts = files.read_run()
+    if facts["status"] != "failed":
+        facts |= {"status": "failed", "error": str(error), "refused": isinstance(error, InputError)}
+    if not isinstance(error, FedsimError):
+        facts |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exception(error)}
+    files.write_run(facts)
+
+
+def _note_death(folder: Path, worker: Worker) -> None:
+    files = RunFolder(folder)
+    message = f"its process ended with code {worker.returncode}"
+    files.write_run({**files.read_run(), "status": "failed", "error": message})
+
+
+@contextmanager
+def _worker() -> Iterator[Worker]:
+    command = [sys.executable, "-m", "fedsim.side_by_side"]
+    # A session of its own: Ctrl-C reaches this process alone, which then asks the workers to stop at a checkpoint.
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        yield worker
+    finally:
+        worker.terminate()
+        worker.communicate()
+
+
+def _send(worker: Worker, folder: Path) -> None:
+    assert worker.stdin
+    with suppress(BrokenPipeError):  # it died between two runs; `_done` sees this
+        worker.stdin.write(json.dumps(str(folder)).encode() + b"\n")
+        worker.stdin.flush()
+
+
+def _done(busy: Sequence[Worker]) -> list[Worker]:
+    """Wait for answers; return the workers that gave one, or died."""
+    pipes = {worker.stdout: worker for worker in busy if worker.stdout}
+    ready, _, _ = select.select(list(pipes), [], [])
+    for pipe in ready:
+        if not pipe.readline():
+            pipes[pipe].wait()
+    return [pipes[pipe] for pipe in ready]
+
+
+@contextmanager
+def _taken(folder: Path) -> Iterator[bool]:
+    """Hold the folder, once no other job does, and say whether it is left to play; the lock goes with rank 0."""
+    import numpy as np
+
+    from fedsim.job import connected
+
+    transport, left = connected(), False
+    with ExitStack() as stack:
+        if transport.rank == 0:
+            _lock(stack.enter_context((folder / SCENARIO).open()))
+            left = not has_ended(folder)
+        yield bool(transport.broadcast(np.array([left], np.uint8))[0])
+
+
+def _lock(file: TextIO) -> None:
+    import fcntl
+
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+if __name__ == "__main__":
+    main()
