@@ -24,7 +24,8 @@ def comparisons(result: Result | StudyResult) -> tuple[list[Table], list[str]]:
     questions = [{}] + [{"at": end} for end in [_common_end(result)] if end]
     for question in questions:
         try:
-            tables.append(_table(compare([result.folder], **question)))
+            with np.errstate(invalid="ignore"):  # quartiles of what diverged, or of an infinite epsilon
+                tables.append(_table(compare([result.folder], **question)))
         except InputError as error:
             notes.append(f"No table: {error}")
     unique = {table.caption: table for table in tables}
@@ -44,8 +45,7 @@ def _table(frame: pd.DataFrame) -> Table:
     shown = [str(c) for c in frame.columns if not str(c).endswith(("_q1", "_q3")) and c != "reached"]
     rows = [[str(name), *(_cell(row, column) for column in shown)] for name, row in frame.iterrows()]
     question = str(frame.attrs.get("question", "comparison"))
-    note = "Median over runs [lower, upper quartile]. Between observations the last one holds; nothing is interpolated."
-    return Table(question[:1].upper() + question[1:], [str(frame.index.name or "variant"), *shown], rows, [note])
+    return Table(question[:1].upper() + question[1:], [str(frame.index.name or "variant"), *shown], rows)
 
 
 def _cell(row: pd.Series, column: str) -> str:

@@ -51,7 +51,7 @@ def contents(result: Result | StudyResult) -> dict[str, Any]:
     first = runs.first_of_each(result)
     scenarios = {name: reproduce.read_scenario(run.folder) for name, run in first.items()}
     everything = [*result.runs, *(tuning.runs if tuning else [])]
-    sentence, fine = runs.standing(everything)
+    sentence, fine = runs.standing(result.runs)
     compared, why_not = comparison.comparisons(result) if result.runs else ([], [])
     figures, undrawn = pictures.curves(result)
     graphs, no_graphs = pictures.topologies(scenarios, first)
@@ -59,9 +59,9 @@ def contents(result: Result | StudyResult) -> dict[str, Any]:
     return {
         "name": result.facts.get("name") or result.folder.name,
         "claim": _claim(result, scenarios),
-        "sentence": sentence,
+        "sentence": f"{sentence} Tuning: {runs.standing(tuning.runs)[0]}" if tuning else sentence,
         "fine": fine,
-        "unfinished": runs.not_finished(everything),
+        "unfinished": runs.not_finished(result.runs),
         "figures": figures,
         "figure_notes": undrawn,
         "compared": compared,
@@ -98,5 +98,13 @@ def _sweep(result: Result | StudyResult, tuning: StudyResult | None) -> dict[str
         return None
     table, lines = sweeps.choices(result)
     select = result.facts.get("select") or {}
-    drawn = sweeps.sensitivity(swept, select.get("metric"), select.get("best") == "highest")
-    return {"axes": sweeps.axes(swept), "choices": table, "lines": lines, "figures": drawn, "tuned": tuning is not None}
+    at = select.get("at", "end")
+    drawn = sweeps.sensitivity(swept, select.get("metric"), select.get("best") == "highest", at)
+    return {
+        "axes": sweeps.axes(swept),
+        "choices": table,
+        "lines": lines,
+        "figures": drawn,
+        "tuned": tuning is not None,
+        "unfinished": runs.not_finished(tuning.runs, "Tuning runs that did not finish") if tuning else None,
+    }

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-NUMBER = re.compile(r"^[-+]?(\d|∞)")
+NUMBER = re.compile(r"^([-+]?(\d|∞)|–$)")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Table:
         rows: one list of cells per row.
         notes: lines under the table.
         prose: whether cells hold sentences, which wrap; numbers never do.
+        words: columns that hold no numbers, even where they look like some.
     """
 
     caption: str
@@ -27,10 +28,15 @@ class Table:
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     prose: bool = False
+    words: tuple[str, ...] = ()
 
-    def is_number(self, cell: str) -> bool:
+    def is_number(self, column: int, cell: str) -> bool:
         """Return whether a cell is set flush right."""
-        return not self.prose and bool(NUMBER.match(cell))
+        return not self.prose and self.columns[column] not in self.words and bool(NUMBER.match(cell))
+
+    def heads_numbers(self, column: int) -> bool:
+        """Return whether the heading of a column is set flush right: all its cells are."""
+        return column > 0 and bool(self.rows) and all(self.is_number(column, row[column]) for row in self.rows)
 
 
 @dataclass(frozen=True)

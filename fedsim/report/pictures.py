@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,33 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.report.parts import Picture, number
 from fedsim.results.compare import COSTS
-from fedsim.results.plots import variants
+from fedsim.results.plots import variants, what_was_saved
 from fedsim.results.result import Result, StudyResult
 
 if TYPE_CHECKING:
     from fedsim.topology.topology import Topology
 
 CLOCKS = ("time", "round")
+AXES = ("queries", "communications", "gradients", "dual_gradients", "bytes", "samples", *CLOCKS, "wall_seconds")
 MAIN = ("distance", "stationarity", "loss", "consensus", "maxvio")
 NODES = 400  # above which a drawn graph shows nothing any more
 BARS = 1000
-LINES = 8  # variants that one picture can tell apart
+LINES = 6  # variants that one picture can tell apart
 PANELS = 6
 METADATA = re.compile(r"<metadata>.*?</metadata>", re.S)  # holds the day it was drawn: a page would never be the same
 
 
 @dataclass(frozen=True)
 class Drawn(StudyResult):
-    """The runs that a picture shows, read like a study."""
+    """The runs that a picture shows, read like the study that they are of."""
 
     chosen: tuple[Result, ...] = ()
+    whole: Result | StudyResult | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the whole."""
+        return {} if self.whole is None else self.whole.facts
 
     @property
     def runs(self) -> list[Result]:  # type: ignore[override]
@@ -61,7 +69,7 @@ def curves(result: Result | StudyResult) -> tuple[list[Picture], list[str]]:
         return [], [*notes, "There is nothing to draw yet."]
     columns = [c for c in runs[0].metrics if all(c in run.metrics for run in runs)]
     metrics = _metrics(columns)
-    costs = [c for c in (*COSTS, *CLOCKS) if c in columns and any(_moves(run, c) for run in runs)]
+    costs = [c for c in AXES if c in columns and any(_moves(run, c) for run in runs)]
     if not metrics or not costs:
         return [], [*notes, "No metric or no cost is common to all runs, so nothing is drawn."]
     shown, more = _few(result, runs, metrics[0])
@@ -82,7 +90,7 @@ def _moves(run: Result, cost: str) -> bool:
 
 def _few(result: Result | StudyResult, runs: list[Result], metric: str) -> tuple[Drawn, list[str]]:
     """Return what is drawn: everything, or of many cells those that end lowest."""
-    everything = Drawn(result.folder, tuple(runs))
+    everything = Drawn(result.folder, tuple(runs), result)
     groups = variants(everything)
     if len(groups) <= LINES:
         return everything, []
@@ -92,14 +100,17 @@ def _few(result: Result | StudyResult, runs: list[Result], metric: str) -> tuple
         f"Drawn are {LINES} of {len(groups)}: those with the lowest {metric} at the end, judged on these same runs."
         " That is a view, not a selection on seeds of its own."
     )
-    return Drawn(result.folder, tuple(run for name in groups if name in best for run in groups[name])), [note]
+    return replace(everything, chosen=tuple(run for name in groups if name in best for run in groups[name])), [note]
 
 
 def _curve(shown: Drawn, metric: str, cost: str) -> Picture | None:
     words = [f"{name} ends at {_end(own, metric)}" for name, own in variants(shown).items()]
     alt = f"Line plot of {metric} against {cost}. {'; '.join(words)}."
-    caption = f"{metric} against {cost}"
-    return embedded(lambda stem: shown.plot(metric=metric, against=cost, out=stem), alt, caption)
+    saved = "" if cost == "wall_seconds" else what_was_saved(shown, metric, cost)
+    caption = f"{metric} against {cost}" + (f". At {saved}" if saved else "")
+    # A goal that nobody reaches keeps the same line out of the picture, which is too narrow for it.
+    draw = lambda stem: shown.plot(metric=metric, against=cost, out=stem, goal=-math.inf)  # noqa: E731
+    return embedded(draw, alt, caption)
 
 
 def _end(runs: list[Result], metric: str) -> str:

@@ -28,14 +28,14 @@ def standing(runs: list[Result]) -> tuple[str, bool]:
     if not states:
         return "No run has been played yet.", False
     if set(states) == {"finished"}:
-        return ("The run finished." if len(runs) == 1 else f"All {len(runs)} runs finished."), True
+        return ("The run finished." if len(runs) == 1 else f"{len(runs)} of {len(runs)} runs finished."), True
+    if len(runs) == 1:
+        return f"The run did not finish ({states[0]}). This page shows what was observed until then.", False
     each = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    head = f"The run is not finished: {each}." if len(runs) == 1 else f"Not all of {len(runs)} runs finished: {each}."
-    unread = " What stands here is what was observed until then."
-    return head + unread, False
+    return f"Not all of {len(runs)} runs finished: {each}. Of the others, this page shows what was observed.", False
 
 
-def not_finished(runs: list[Result]) -> Table | None:
+def not_finished(runs: list[Result], caption: str = "Runs that did not finish") -> Table | None:
     """Return the runs that failed, diverged, were interrupted or wait, with what they said."""
     rows = [
         [run.variant, text_of(run.facts.get("seed")), state(run), run.facts.get("error") or _observed(run)]
@@ -44,7 +44,7 @@ def not_finished(runs: list[Result]) -> Table | None:
     ]
     if not rows:
         return None
-    return Table("Runs that did not finish", ["variant", "seed", "status", "message"], rows, prose=True)
+    return Table(caption, ["variant", "seed", "status", "message"], rows, prose=True)
 
 
 def _observed(run: Result) -> str:
@@ -66,7 +66,7 @@ def listed(runs: list[Result]) -> Table:
         for run in runs
     ]
     columns = ["variant", "seed", "status", "ended by", "digest of the result", "digest of the scenario"]
-    return Table("Runs and their digests", columns, rows)
+    return Table("Runs and their digests", columns, rows, words=tuple(columns[3:]))
 
 
 def costs(result: Result | StudyResult) -> Table | None:
@@ -86,7 +86,7 @@ def costs(result: Result | StudyResult) -> Table | None:
     ]
     if any(run.status != "finished" for run in result.runs):
         notes.append("Of runs that did not finish, what they had spent by then.")
-    return Table("Costs", ["variant", "runs", *names], rows, notes)
+    return Table("Totals of each variant", ["variant", "runs", *names], rows, notes)
 
 
 def _spent(run: Result) -> dict[str, float]:
@@ -126,7 +126,9 @@ def _constants(columns: list[tuple[str, list[dict[str, Any]]]]) -> Table:
     names = list(dict.fromkeys((c["name"], c["formula"]) for _, own in columns for c in own))
     found = [{(c["name"], c["formula"]): text_of(c["value"]) for c in own} for _, own in columns]
     rows = [[name, *(own.get((name, formula), "–") for own in found), formula] for name, formula in names]
-    return Table("Constants that the runs stand on", ["constant", *(t for t, _ in columns), "formula"], rows)
+    return Table(
+        "Constants that the runs stand on", ["constant", *(t for t, _ in columns), "formula"], rows, words=("formula",)
+    )
 
 
 def _together(names: list[str], count: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.privacy.statement import MEANING as RELATIONS
 from fedsim.report.parts import Table, number, text_of
 from fedsim.report.runs import first_of_each
 
@@ -101,12 +102,10 @@ def _few(names: list[str]) -> str:
 
 def privacy(result: Result | StudyResult) -> tuple[list[str], list[Table]]:
     """Return lines and tables on privacy; nothing where no run promises any."""
-    from fedsim.privacy.statement import statement
-
     private = {name: run for name, run in first_of_each(result).items() if run.facts.get("privacy")}
     if not private:
         return [], []
-    lines = [line for run in [result] if "runs" in (run.facts.get("privacy") or {}) for line in statement(run.facts)]
+    lines = _together(result.facts.get("privacy") or {})
     unprotected = [name for name in first_of_each(result) if name not in private]
     if unprotected:
         lines.append(f"Without any protection: {_few(unprotected)}.")
@@ -116,7 +115,18 @@ def privacy(result: Result | StudyResult) -> tuple[list[str], list[Table]]:
             f"Outside of the guarantee, computed on the data themselves: {', '.join(dict.fromkeys(columns))}, and the"
             " table of the partition. Nor does it cover the choice of hyper-parameters."
         )
-    return [" ".join(line.split()) for line in lines], [_promises(private)]
+    return lines, [_promises(private)]
+
+
+def _together(p: dict[str, Any]) -> list[str]:
+    """Return what all runs of a study spend together, since they used the same data."""
+    if "runs" not in p:
+        return []
+    pair = f"({p['epsilon_of_private_runs']:.4g}, {p['delta']:g})-DP"
+    spent = f"{p['runs']} private runs on the same data spend together {pair}"
+    unit = f"when one {p['unit']} {RELATIONS[p['relation']]}"
+    other = p["unprotected_runs"]
+    return [f"{spent}, {unit}." + (f" {other} more protect nothing, so all together do not either." if other else "")]
 
 
 def _promises(private: dict[str, Result]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,10 @@ def choices(study: StudyResult) -> tuple[Table | None, list[str]]:
     if not select:
         return None, []
     picked = select.get("choices", [])
-    at = select["at"] if select["at"] == "end" else "the end of " + text_of(select["at"])
+    seeds = ", ".join(map(str, select["seeds"]))
     lines = [
-        f"Per variant the cell with the {select['best']} {select['metric']} at {at} was picked, on the tuning seeds"
-        f" {text_of(select['seeds'])} alone; the figures and tables of this page come from other seeds."
+        f"Per variant the cell with the {select['best']} {select['metric']} {_when(select['at'])} (median over seeds)"
+        f" was picked, on the tuning seeds {seeds} alone; the results above come from other seeds."
     ]
     counts = {choice["cells"] for choice in picked}
     if len(counts) > 1 or select.get("unequal"):
@@ -79,15 +80,35 @@ def choices(study: StudyResult) -> tuple[Table | None, list[str]]:
     return Table("What was picked", columns, rows), lines
 
 
-def sensitivity(study: StudyResult, metric: str | None, highest: bool = False) -> list[Picture]:
-    """Return the metric at the end of the runs against each swept number, one line per variant."""
-    runs = [run for run in study.runs if run.facts.get("cell")]
+def _when(at: Any) -> str:
+    return "at the end" if at == "end" else " and ".join(f"at {text_of(amount)} {cost}" for cost, amount in at.items())
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is drawn of a cell: a metric, whether high is good, and `end` or what was spent by then."""
+
+    metric: str
+    highest: bool
+    at: Any
+
+    def value(self, run: Result) -> float:
+        """Return the last value observed by then; NaN where there is none."""
+        values = run.metrics[self.metric].to_numpy(float)
+        for cost, amount in ({} if self.at == "end" else self.at).items():
+            values = values[run.metrics[{"seconds": "wall_seconds"}.get(cost, cost)].to_numpy(float) <= amount]
+        return float(values[-1]) if len(values) else math.nan
+
+
+def sensitivity(study: StudyResult, metric: str | None, highest: bool = False, at: Any = "end") -> list[Picture]:
+    """Return the metric against each swept number, one line per variant."""
+    runs = [run for run in study.runs if run.facts.get("cell") and len(run.metrics)]
     metric = metric or next((m for m in MAIN if any(m in run.metrics for run in runs)), None)
     swept = study.facts.get("sweep", {}).get("axes", {})
     keys = dict.fromkeys(key for own in swept.values() for key, values in own.items() if _numbers(values))
     if metric is None:
         return []
-    found = [_against(swept, runs, key, metric, highest) for key in list(keys)[:4]]
+    found = [_against(swept, runs, key, Question(metric, highest, at)) for key in list(keys)[:4]]
     return [picture for picture in found if picture]
 
 
@@ -95,36 +116,40 @@ def _numbers(values: Sequence[Any]) -> bool:
     return len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def _against(swept: dict[str, Any], runs: list[Result], key: str, metric: str, highest: bool) -> Picture | None:
-    lines = {
-        name: _line([r for r in runs if r.facts.get("of") in (name, None)], key, metric, highest) for name in swept
-    }
+def _against(swept: dict[str, Any], runs: list[Result], key: str, question: Question) -> Picture | None:
+    lines = {name: _line([r for r in runs if r.facts.get("of") in (name, None)], key, question) for name in swept}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return None
     words = [
         f"{name}: {', '.join(f'{number(y)} at {text_of(x)}' for x, y in points)}" for name, points in lines.items()
     ]
-    alt = f"{metric} at the end against {key}. {'; '.join(words)}."
-    caption = (
-        f"{metric} at the end against {key}: median over seeds, best over the other axes; failed cells are left out"
-    )
-    return embedded(lambda stem: _draw(stem, lines, key, metric), alt, caption)
+    title = f"{question.metric} {_when(question.at)}"
+    start = max(float(run.metrics[question.metric].iloc[0]) for run in runs if question.metric in run.metrics)
+    top = None if question.highest or not start > 0 else 10 * start
+    caption = f"{title} against {key}: median over seeds, best over the other axes. Cells that failed are left out"
+    caption += f"; values above {number(top)} (ten times the start) lie off the top." if top else "."
+    alt = f"{title} against {key}. {'; '.join(words)}."
+    return embedded(lambda stem: _draw(stem, lines, (key, title), top), alt, caption)
 
 
-def _line(runs: list[Result], key: str, metric: str, highest: bool) -> list[tuple[float, float]]:
+def _line(runs: list[Result], key: str, question: Question) -> list[tuple[float, float]]:
     cells: dict[tuple[float, str], list[float]] = {}
     for run in runs:
-        if key in run.facts["cell"] and run.status == "finished" and metric in run.metrics:
+        if key in run.facts["cell"] and run.status == "finished" and question.metric in run.metrics:
             place = float(run.facts["cell"][key]), repr(run.facts["cell"])
-            cells.setdefault(place, []).append(float(run.metrics[metric].iloc[-1]))
+            cells.setdefault(place, []).append(question.value(run))
     values: dict[float, list[float]] = {}
     for (x, _), ends in cells.items():
-        values.setdefault(x, []).append(float(np.median(ends)))
-    return [(x, max(ys) if highest else min(ys)) for x, ys in sorted(values.items())]
+        middle = float(np.median(ends))
+        if math.isfinite(middle):
+            values.setdefault(x, []).append(middle)
+    return [(x, max(ys) if question.highest else min(ys)) for x, ys in sorted(values.items())]
 
 
-def _draw(stem: Path, lines: dict[str, list[tuple[float, float]]], key: str, metric: str) -> list[Path]:
+def _draw(
+    stem: Path, lines: dict[str, list[tuple[float, float]]], titles: tuple[str, str], top: float | None
+) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,9 +157,9 @@ def _draw(stem: Path, lines: dict[str, list[tuple[float, float]]], key: str, met
 
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedsim", "font.size": 9}):
         figure, axis = plt.subplots(figsize=(3.9, 3.4), layout="constrained")
-        _points(axis, lines)
-        axis.set_xlabel(key)
-        axis.set_ylabel(f"{metric} at the end")
+        _points(axis, lines, top)
+        axis.set_xlabel(titles[0])
+        axis.set_ylabel(titles[1])
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         file = stem.with_suffix(".svg")
         figure.savefig(file)
@@ -142,7 +167,7 @@ def _draw(stem: Path, lines: dict[str, list[tuple[float, float]]], key: str, met
     return [file]
 
 
-def _points(axis: Axes, lines: dict[str, list[tuple[float, float]]]) -> None:
+def _points(axis: Axes, lines: dict[str, list[tuple[float, float]]], top: float | None) -> None:
     from fedsim.results.plots import COLOURS, MARKERS
 
     for index, (name, points) in enumerate(lines.items()):
@@ -153,5 +178,8 @@ def _points(axis: Axes, lines: dict[str, list[tuple[float, float]]]) -> None:
         axis.set_xscale("log")
     if min(ys) > 0 and max(ys) >= 10 * min(ys):
         axis.set_yscale("log")
+    if top is not None and min(ys) < top < max(ys):
+        shown = [y for y in ys if y <= top]
+        axis.set_ylim(min(shown) / 2 if min(shown) > 0 else min(shown), top)
     axis.grid(True, which="major", alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
