@@ -279,10 +279,8 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
     if block == "auto" and p.scenario.engine["device"] != "cpu":
         block = max(1, p.layout.rows)  # a device is busy with all rows at once, and has no cache to fit
     assert isinstance(p.algorithm, SyncAlgorithm)
-    budget = (p.scenario.stop or {}).get("queries")
-    budget = None if budget is None else int(budget)
     guard = guard_of(p)
-    player = Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, budget, guard)
+    player = Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, p.scenario.stop, guard)
     player.set_pace(pace.of(p.scenario.engine, p.layout.rank))
     return player
 
@@ -307,7 +305,8 @@ def _events(p: Prepared, x0: torch.Tensor) -> Player:
         speed = pace.of(p.scenario.engine, p.layout.rank) or pace.Pace()
         unit = p.scenario.schedule.get("unit")
         return LiveEvents(*arguments, unit=unit, pace=speed, sampling=sampling, output=output)
-    return Events(*arguments, sampling=sampling, output=output, player=p.scenario.engine.get("player", "auto"))
+    player = p.scenario.engine.get("player", "auto")
+    return Events(*arguments, sampling=sampling, output=output, player=player, stop=p.scenario.stop)
 
 
 def provenance(algorithm: Algorithm) -> dict[str, str]:

@@ -22,6 +22,7 @@ from fedsim.prepare import Live, folder_for, prepare
 from fedsim.results.folder import write_whole
 from fedsim.results.journal import Journal
 from fedsim.results.result import STUDY, Result, StudyResult, load
+from fedsim.sections import HIGHER_IS_BETTER
 from fedsim.stopping import Stopping, listening
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def _play_on(
     next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
         clock = time.perf_counter()
+        stopping.seconds_left = float((s.stop or {}).get("seconds", math.inf)) - wall
         stopped = stopping.advance(player, target, layout, whole=rounds, pieces=not isinstance(player, LiveEvents))
         wall = of_rank_0(wall + time.perf_counter() - clock, layout)
         if isinstance(player, LiveEvents):
@@ -268,7 +270,7 @@ def _play_on(
         if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
         guard = getattr(player, "guard", None)
-        reason = _stop(s.stop, row) or (guard.refusal if guard else None)
+        reason = _stop(s.stop, row) or _spent(s.stop, player) or (guard.refusal if guard else None)
         if reason:
             return reason
         if target >= next_checkpoint:
@@ -310,15 +312,21 @@ def _clock(p: Prepared, target: float) -> dict[str, float | int]:
 
 
 def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | None:
-    """Return the condition that holds: a metric at most, a count at least, its bound."""
+    """Return the condition that holds: a count at its bound, a metric at least as good as its own."""
     for name, bound in (conditions or {}).items():
         if name == "epsilon":
             continue  # kept by the guard, which refuses the release that would pass it
         key = {"seconds": "wall_seconds"}.get(name, name)
-        at_least = key in _COUNTS
+        at_least = key in _COUNTS or key in HIGHER_IS_BETTER
         if row[key] >= bound if at_least else row[key] <= bound:
             return f"{name} {'>=' if at_least else '<='} {bound:g}"
     return None
+
+
+def _spent(conditions: dict[str, float] | None, player: Player) -> str | None:
+    """Return the bound that the next round or event would pass."""
+    name = getattr(player, "spent", None)
+    return f"{name}: more would pass {(conditions or {})[name]:g}" if name else None
 
 
 _COUNTS = frozenset({"wall_seconds", *(field.name for field in fields(Counts))})

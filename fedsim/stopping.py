@@ -24,12 +24,13 @@ PIECE = 0.4  # seconds of play between two looks at what the ranks were told
 class Stopping:
     """Plays in pieces, and knows whether the ranks were asked to stop.
 
+    `seconds_left` is what the run's `stop.seconds` leaves: it ends at the next look after that (about half a second).
     The first signal asks; a second Ctrl-C ends this process at once. Rank 0's clock sets the pieces, so that all ranks
     make the same; they change no bit.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.seconds_left = False, math.inf
         self._piece, self._since, self._clock = 0.0, 0.0, time.perf_counter()
 
     def ask(self, number: int, frame: object) -> None:
@@ -46,27 +47,30 @@ class Stopping:
         """
         if not pieces:
             player.advance(until)
-            return self._look(layout, whole)
+            return self._look(layout, whole)[0]
+        begun = time.perf_counter()
         self._piece = self._piece or (1.0 if whole else (until - player.now) / 64)
         while player.now < until:
             before, room = player.now, self._piece - self._since
             player.advance(min(until, before + (max(1.0, math.floor(room)) if whole else room)))
             self._since += player.now - before
-            if self._since >= self._piece * (1 - 1e-9) and self._look(layout, whole):
-                return True
+            if self._since >= self._piece * (1 - 1e-9):
+                asked, over = self._look(layout, whole, time.perf_counter() - begun >= self.seconds_left)
+                if asked or over:
+                    return asked
             if player.now <= before:  # nothing more can be played: a budget is spent
                 break
         return False
 
-    def _look(self, layout: Layout, whole: bool) -> bool:
-        """Begin a new piece of about `PIECE` seconds; return whether any rank was asked to stop."""
+    def _look(self, layout: Layout, whole: bool, over: bool = False) -> tuple[bool, bool]:
+        """Begin a new piece of about `PIECE` seconds; return whether any rank was asked to stop; rank 0's `over`."""
         now = time.perf_counter()
         wanted = self._piece * min(max(PIECE / max(now - self._clock, 1e-6), 0.25), 16.0)
         self._clock, self._since = now, 0.0
-        mine = np.array([self.asked, max(1.0, math.floor(wanted)) if whole else wanted])
+        mine = np.array([self.asked, max(1.0, math.floor(wanted)) if whole else wanted, over])
         parts = [part.view(np.float64) for part in layout.transport.all_gather(as_bytes(mine))]
         self._piece = float(parts[0][1])
-        return any(part[0] for part in parts)
+        return any(part[0] for part in parts), bool(parts[0][2])
 
 
 @contextmanager

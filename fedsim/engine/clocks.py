@@ -45,6 +45,11 @@ class Batch(NamedTuple):
         """Return the events `lo..hi`."""
         return Batch(self.time[lo:hi], self.a[lo:hi], self.b[lo:hi], self.edge[lo:hi])
 
+    def counted_here(self) -> Batch:
+        """Return the events of this process: its rows' gradients, and exchanges whose first end it holds."""
+        own = self.a >= 0
+        return Batch(self.time[own], self.a[own], self.b[own], self.edge[own])
+
 
 class Clocks:
     """The clocks of some nodes and edges; their ticks in order of (time, nodes before edges, number).

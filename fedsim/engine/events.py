@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import DynamicsAlgorithm, EventAlgorithm
 from fedsim.engine import kernel, plain, sampling
+from fedsim.engine.budget import NAMES, Budget
 from fedsim.engine.clocks import FOREIGN, NOBODY, Batch, Clocks
 from fedsim.engine.counts import Counts
 from fedsim.engine.crossings import Crossings, everywhere
@@ -46,6 +47,10 @@ class Events:
         x0: `[rows, dim]`, where the rows start.
         sampling: how a node draws the records of a gradient; None: it takes all of them.
         output: `flowed` (the answer at `now`) or `lazy` (as of each node's last event, as some papers' code plots).
+        stop: counts that no event may pass.
+
+    Attributes:
+        spent: the count whose bound ended the run: no further event is played.
 
     Raises:
         InputError: the chosen player cannot play this, or the batch asks for more records than a node has.
@@ -63,8 +68,11 @@ class Events:
         sampling: Sampling | None = None,
         output: Literal["flowed", "lazy"] = "flowed",
         player: PlayerName = "auto",
+        stop: Mapping[str, float] | None = None,
     ) -> None:
         self.counts = Counts()
+        self.spent: str | None = None
+        self._budget = Budget(stop or {}, layout)
         self._algorithm, self._problem, self._layout, self._x0, self._seed = algorithm, problem, layout, x0, seed
         self._sampling, self._output, self._ends = sampling, output, setting.edges
         self._rates = np.asarray(rates, dtype=np.float64)
@@ -115,6 +123,12 @@ class Events:
         depth = np.full(rows, self.counts.exchanges, np.int64)
         self.state = kernel.State(v, np.zeros(rows), np.zeros(rows, np.int64), depth)
         self._player = self._make_player()
+        if self._budget.passed(self.counts):
+            name = self._budget.passed(self.counts)
+            raise InputError(
+                f"stop.{name}: {self._budget.bounds[str(name)]:g} do not cover the start of this algorithm"
+            )
+        self.spent = self._budget.reached(self.counts)
 
     def _start_values(self) -> NDArray:
         x0, table = self._x0, self._table
@@ -195,10 +209,46 @@ class Events:
         Raises:
             Diverged: a value is not finite; says at which event, time and node this was noticed.
         """
-        while self._now < until:
+        while self._now < until and not self.spent:
             end = min(self._now + self._clocks.window, until)
-            self._play(self._clocks.until(end))
+            batch = self._clocks.until(end)
+            if self._budget:
+                batch, end = self._within_budget(batch, end)
+            self._play(batch)
             self._now = end
+
+    def _within_budget(self, batch: Batch, end: float) -> tuple[Batch, float]:
+        """Return the events that may be played, and when they end: at the last one, where the budget does."""
+        own = batch.counted_here()
+        if not self._budget.near(self.counts, self._costs(own, bound=True)):
+            return batch, end
+        found = self._budget.last_allowed(self.counts, own.time, self._costs(own))
+        if found is None:
+            return batch, end
+        last, self.spent = found
+        return batch.part(0, int(np.searchsorted(batch.time, last, side="right"))), max(last, self._now)
+
+    def _costs(self, own: Batch, bound: bool = False) -> dict[str, Any]:
+        """Return what each event of this rank costs, or (`bound`) what all can cost at most, by the count's name."""
+        steps, pairs = own.b == NOBODY, own.b != NOBODY
+        dual = self._table is not None and self._table.dual
+        message = self._problem.dim * self.state.v.itemsize
+        costs = {name: np.zeros(len(own.time), np.int64) for name in NAMES}
+        costs["dual_gradients" if dual else "gradients"] = steps.astype(np.int64)
+        costs |= {"communications": pairs.astype(np.int64), "messages": 2 * pairs, "bytes": 2 * message * pairs}
+        if "samples" in self._budget.bounds and not dual:
+            rows = own.a[steps]
+            sizes = self._gradients.most_samples(rows) if bound else self._gradients.samples(rows, self._drawn(rows))
+            costs["samples"][steps] = sizes
+        return {name: int(c.sum()) if bound else c for name, c in costs.items()}
+
+    def _drawn(self, rows: Ints) -> Ints:
+        """Return how many gradients each row has taken before, for a sequence of rows in order of their events."""
+        drawn = np.empty(len(rows), np.int64)
+        for row in np.unique(rows):
+            places = np.flatnonzero(rows == row)
+            drawn[places] = self.state.gradients[row] + np.arange(len(places))
+        return drawn
 
     def play(self, kind: Ints, a: Ints, b: Ints, time: Reals) -> None:
         """Play a recorded trace instead of the clocks: one entry per event, in order of time.

@@ -65,6 +65,19 @@ class RowGradients:
         """Return `grad f_i^*(s_i)` `[rows, dim]`."""
         return self._oracle(rows).dual_gradient(s)
 
+    def most_samples(self, rows: Ints) -> Ints:
+        """Return how many records a gradient of each row can use at most."""
+        if self._sampling is None or self._sampling.kind == "poisson":
+            return self._problem.records[self._nodes[rows]]
+        return np.full(len(rows), self._sampling.size, np.int64)
+
+    def samples(self, rows: Ints, draws: Ints) -> Ints:
+        """Return how many records the gradients of rows use, each at its own number of draws before it."""
+        batch = self._batch(rows, draws)
+        if batch is None:
+            return self._problem.records[self._nodes[rows]]
+        return np.count_nonzero(batch.weights, axis=1).astype(np.int64)
+
     def _oracle(self, rows: Ints) -> BlockOracle:
         return BlockOracle(self._problem, self._nodes[rows], self._streams, self._counts)
 

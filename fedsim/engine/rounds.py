@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import SyncAlgorithm
 from fedsim.algorithms.requests import Rows
+from fedsim.engine.budget import Budget
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
@@ -41,11 +42,12 @@ class Rounds:
         algorithm: resolved. problem: what the nodes own. layout: the rows of this process.
         matrices: sparse `[n, n]` over node numbers: "W", "laplacian", "adjacency".
         x0: `[rows, dim]`, position order. seed: of batches and all other draws.
-        block: rows per block, or "auto". budget: function values that all nodes together may ask for.
+        block: rows per block, or "auto". stop: counts that may not be passed, all nodes together.
         guard: of a private algorithm's releases.
 
     Attributes:
-        spent: whether the budget ended a round before its end; the state is then that of the last whole round.
+        spent: the count whose bound ended the run. The state is that of the last round within it; of the round that
+            would pass it only function values, which have been asked for, stay counted.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class Rounds:
         x0: torch.Tensor,
         seed: int,
         block: int | Literal["auto"] = "auto",
-        budget: int | None = None,
+        stop: Mapping[str, float] | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self.counts, self.spent = Counts(), False
+        self.counts = Counts()
+        self.spent: str | None = None
+        self._budget = Budget(stop or {}, layout)
+        limit = None if not stop or "queries" not in stop else int(stop["queries"])
         self._algorithm, self._layout, self._x0 = algorithm, layout, x0
         self._streams = Streams(seed)
         check(getattr(algorithm, "batch", None), problem.records, problem.kind)
@@ -68,7 +73,7 @@ class Rounds:
         self._network = LocalNetwork(layout, self._blocks, matrices, self.counts)
         self._network.guard = self.guard = guard
         nodes = [layout.nodes[rows] for rows in self._blocks]
-        self._oracles = [BlockOracle(problem, own, self._streams, self.counts, budget) for own in nodes]
+        self._oracles = [BlockOracle(problem, own, self._streams, self.counts, limit) for own in nodes]
         self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
         self._states: list[Any] = []
         self._round = 0
@@ -93,7 +98,7 @@ class Rounds:
         """Play the algorithm's start; its requests and gradients are charged.
 
         Raises:
-            InputError: the budget of queries does not even cover the start.
+            InputError: a bound of `stop` does not even cover the start.
         """
         blocks = zip(self._blocks, self._oracles, strict=True)
         try:
@@ -105,6 +110,8 @@ class Rounds:
                 f"stop.queries: {self._oracles[0].queries.budget} do not cover the start of this algorithm"
             ) from None
         self._share()
+        self._budget.refuse_start(self.counts)
+        self.spent = self._budget.reached(self.counts)
 
     def advance(self, until: float) -> None:
         """Play rounds up to number `until`.
@@ -115,6 +122,7 @@ class Rounds:
         while self._round + 1 <= until and not self.spent:
             for oracle in self._oracles:
                 oracle.queries.round = self._round
+            before = (self._states, self.counts.as_dict()) if self._budget else None
             try:
                 self._states = self._drive(
                     [
@@ -123,11 +131,22 @@ class Rounds:
                     ]
                 )
             except Spent:
-                self.spent = True
+                self.spent = "queries"
+                break
+            if before and self._over(*before):
                 break
             self._share()
             self._round += 1
         self._refuse_divergence()
+
+    def _over(self, states: list[Any], counts: dict[str, int]) -> bool:
+        """Take back the round that was just played if it passed the budget; a full one ends after it."""
+        passed = self._budget.passed(self.counts)
+        if passed:
+            self._states = states
+            self.counts.restore({**counts, "queries": self.counts.queries})
+        self.spent = passed or self._budget.reached(self.counts)
+        return bool(passed)
 
     def outputs(self) -> torch.Tensor:
         """Return every node's answer `[rows, dim]`; the observation is not charged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ class Journal:
     """The files of one run; `again` keeps what an interrupted run left."""
 
     def __init__(self, root: Path, scenario: Scenario, again: bool) -> None:
-        self._files = RunFolder(root)
+        self._files, self._ended, self._writing = RunFolder(root), False, threading.Lock()
         if not again:
             self._files.clear()
             self._files.write_scenario(scenario.to_yaml())
@@ -49,10 +50,17 @@ class Journal:
         self._files.save_checkpoint(arrays, {"rows": len(self._recorder), "wall_seconds": wall})
 
     def note(self, facts: dict[str, Any]) -> None:
-        """Write what is known of a run that is about to be ended from outside."""
-        self._files.write_run(facts)
+        """Write what is known of a run that is about to be ended from outside, by whoever watches it.
+
+        A run that is over by itself has said so already: its other processes leave, and are missed.
+        """
+        with self._writing:
+            if not self._ended:
+                self._files.write_run(facts)
 
     def end(self, facts: dict[str, Any]) -> None:
         """Close the metrics and write how the run ended."""
         self._recorder.close()
-        self._files.write_run(facts)
+        with self._writing:
+            self._ended = True
+            self._files.write_run(facts)

@@ -74,6 +74,7 @@ def check_algorithm(
         whole = play.states(length)
     if isinstance(algorithm, SyncAlgorithm):
         _check_blocks(play, whole, report, length)
+        _check_states(play, report)
     elif isinstance(algorithm, EventAlgorithm):
         _check_functions(algorithm, problem, report, seed)
     else:
@@ -96,6 +97,20 @@ def _check_blocks(play: _Play, whole: list[State], report: Report, length: int) 
         _same(play, whole, play.states(length, block=block), how)
     report.held.append(f"blocks of {', '.join(map(str, BLOCKS))} and all rows give the same bits and counts")
     report.held.append("answers to requests are left unmodified")
+
+
+def _check_states(play: _Play, report: Report) -> None:
+    """A round that passes a budget is taken back, so the state before it must still be there."""
+    player: Any = play.player()
+    for until in (1, 2):
+        before, bits = player._states, player.save()
+        player.advance(until)
+        player._states, after = before, player._states
+        for name, value in player.save().items():
+            if name.startswith("state.") and value.tobytes() != bits[name].tobytes():
+                raise AssertionError(f"{name[6:]} of the state that round {until - 1} was given was modified in place")
+        player._states = after
+    report.held.append("rounds leave the state that they are given unmodified")
 
 
 def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report, seed: int) -> None:

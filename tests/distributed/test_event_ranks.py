@@ -53,6 +53,11 @@ EVENTS = {
         "averaging": {"problem": {"kind": "consensus", "dim": 5}, "algorithm": {"kind": "randomised_gossip"}},
         "waves": {"engine.player": "waves", "algorithm": {"kind": "gossip_sgd", "step": 0.02, "batch": {"size": 3}}},
         "functions": {"algorithm": {"kind": "own.py:Clipped"}},
+        "budget": {"stop": {"gradients": 77}},
+        "drawn": {
+            "algorithm": {"kind": "gossip_sgd", "step": 0.02, "batch": {"size": 5, "kind": "poisson"}},
+            "stop": {"samples": 300},
+        },
     },
 }
 
