@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -88,6 +89,7 @@ def test_content_decides_what_is_the_same(tmp_path):
     assert len({same, key(), *changed}) == 7
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_equal_to_an_unbroken_one(tmp_path, monkeypatch):
     """After SIGKILL in the middle, the same command (and `fedsim resume`) ends with the digest of an unbroken sweep."""
     monkeypatch.setenv("FEDSIM_CORES", "2")
@@ -181,6 +183,7 @@ def test_selection_cannot_see_reporting_seeds(tuned, tmp_path):
     assert {run.seed for run in other.runs} == {40, 41, 42}
 
 
+@pytest.mark.slow
 def test_selection_by_what_was_spent_and_by_the_highest(tmp_path):
     """`at` takes the last value observed within the amount; a metric where more is better is maximised."""
     early = TUNED | {"select": {"metric": "loss", "seeds": 2, "at": {"gradients": 30}}}
@@ -320,3 +323,31 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
     states = [run.status for run in study.runs]
     assert "interrupted" in states
     assert all((run.folder / "checkpoint").exists() for run in study.runs if run.status == "interrupted")
+
+
+SBATCH = """#!/usr/bin/env bash
+# Plays the tasks of an array at once, in this process.
+for a in "$@"; do case "$a" in
+  --array=*) r="${a#--array=}"; r="${r%%%*}" ;;
+  --wrap) wrapped=1 ;;
+  --*) ;;
+  *) if [[ "${wrapped:-}" == 1 ]]; then bash -c "$a" > /dev/null; exit; fi; rest+=("$a") ;;
+esac; done
+for ((i = ${r%-*}; i <= ${r#*-}; i++)); do SLURM_ARRAY_TASK_ID=$i bash "${rest[@]}" > /dev/null; done
+echo 17
+"""
+
+
+@pytest.mark.slow
+def test_the_array_script_plays_a_whole_study(tuned, tmp_path):
+    """`launch/slurm-array.sh` submits tuning, reporting and the end, in this order, to the digest of one call."""
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TUNED))
+    script = Path(__file__).parents[1] / "launch" / "slurm-array.sh"
+    paths = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [str(script), "s.yaml", "--folder", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["tuning: job 17, cells 0-17", "reporting: job 17, cells 18-21"]
+    assert fedsim.load(tmp_path / "out").digest == tuned.digest
