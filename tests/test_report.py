@@ -250,6 +250,9 @@ def test_runs_that_did_not_finish_are_named(steps, tmp_path):
     assert [row[:3] for row in rows] == [["<i>huge</i>", "0", "diverged"], ["<i>huge</i>", "1", "diverged"]]
     assert all("the run diverges" in row[3] for row in rows)
     assert "Not drawn: 2 of 4 runs" in page.text
+    reached = next(rows for caption, rows in page.tables.items() if caption.startswith("Cost to distance"))
+    huge = next(row for row in reached if row[0] == "<i>huge</i>")
+    assert any(cell.startswith("not reached (2 of 2") for cell in huge)
     assert "none, as long as a run has none." in page.text
     _copied(steps, tmp_path / "s")
     for name, status in zip(load(steps).facts["runs"], ("interrupted", "running", "failed", "waiting"), strict=True):
@@ -359,6 +362,22 @@ def test_printed_commands_give_the_same_digest(steps, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["digest"] == first.digest
     assert any(line.startswith("mpirun -n 4 fedsim run ") for block in page.blocks for line in block.splitlines())
+
+
+def test_sweep_comes_again_from_its_page(tmp_path):
+    """study.yaml and the command of the page, with axes that were given on the command line, end with its digest."""
+    from fedsim.sweeping import sweep
+
+    given = {"sweep.algorithm.eta": [0.01, 0.1], "record.every": 20}
+    first = sweep({**RING, "seeds": 1}, overrides=given, folder=tmp_path / "first")
+    page = page_of(tmp_path / "first")
+    line = next(block for block in page.blocks if block.startswith("fedsim sweep study.yaml "))
+    (tmp_path / "study.yaml").write_text(next(block for block in page.blocks if block.startswith("name: steps\n")))
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(line), "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == first.digest is not None
 
 
 def test_folder_that_is_no_study_is_refused(tmp_path):

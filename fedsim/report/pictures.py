@@ -16,7 +16,8 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.report.parts import Picture, number
 from fedsim.results.compare import COSTS
-from fedsim.results.plots import variants, what_was_saved
+from fedsim.results.curves import variants
+from fedsim.results.plots import what_was_saved
 from fedsim.results.result import Result, StudyResult
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def curves(result: Result | StudyResult) -> tuple[list[Picture], list[str]]:
     if not runs:
         return [], [*notes, "There is nothing to draw yet."]
     columns = [c for c in runs[0].metrics if all(c in run.metrics for run in runs)]
-    metrics = _metrics(columns)
+    metrics = [m for m in _metrics(columns) if any(run.metrics[m].nunique() > 1 for run in runs)]
     costs = [c for c in AXES if c in columns and any(_moves(run, c) for run in runs)]
     if not metrics or not costs:
         return [], [*notes, "No metric or no cost is common to all runs, so nothing is drawn."]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fedsim.results.curves import variants
 from fedsim.results.folder import SCENARIO
 from fedsim.results.result import Result
 
@@ -36,10 +37,10 @@ class Again:
 
 def again(result: Result | StudyResult) -> Again:
     """Return commands, notes and scenarios for a folder of a run or a study."""
-    runs, whole = result.runs, [] if isinstance(result, Result) else _whole(result)
-    live = [run for run in runs if _scenario(run).get("schedule", {}).get("kind") == "live"]
+    runs, commands = result.runs, [] if isinstance(result, Result) else _whole(result)
+    scenarios = {name: read_scenario(own[0].folder) for name, own in variants(result).items()}
+    live = [run for run in runs if scenarios[run.variant].get("schedule", {}).get("kind") == "live"]
     virtual = [run for run in runs if run not in live]
-    commands = [*whole]
     if virtual:
         commands += [
             ("Run by run, in one process", _lines(result, virtual, "fedsim run")),
@@ -49,7 +50,7 @@ def again(result: Result | StudyResult) -> Again:
         replays = [f"fedsim replay {_quoted(run.folder)}" for run in live]
         commands.append(("Real clocks do not come again; the recorded traces do, to the same bits", replays))
     files = [(_name(result, run), run.scenario) for run in runs[:SHOWN] if (run.folder / SCENARIO).exists()]
-    return Again(commands, _notes(runs), [*_source(result), *files])
+    return Again(commands, _notes(runs, scenarios), [*_source(result), *files])
 
 
 def _whole(study: StudyResult) -> list[tuple[str, list[str]]]:
@@ -103,17 +104,13 @@ def _name(result: Result | StudyResult, run: Result) -> str:
     return str(inside / SCENARIO)
 
 
-def _scenario(run: Result) -> dict[str, Any]:
-    return read_scenario(run.folder)
-
-
 def read_scenario(folder: Path) -> dict[str, Any]:
     """Return a run's resolved scenario as plain data; empty where none was written."""
     file = folder / SCENARIO
     return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
 
 
-def _notes(runs: list[Result]) -> list[str]:
+def _notes(runs: list[Result], scenarios: dict[str, dict[str, Any]]) -> list[str]:
     versions = " ".join(f"{k} {v}" for k, v in (runs[0].facts.get("versions", {}) if runs else {}).items())
     found = [
         "Digests are equal on the same instruction set and the same versions of libraries"
@@ -123,7 +120,7 @@ def _notes(runs: list[Result]) -> list[str]:
     if len(runs) > SHOWN:
         found.append(f"The scenarios of the first {SHOWN} runs are printed below; all lie in the folders of the runs.")
     bases = dict.fromkeys(run.facts["base"] for run in runs if "base" in run.facts)
-    named = sorted({name for run in runs for name in _own_files(_scenario(run), Path(run.facts.get("base", ".")))})
+    named = sorted({name for s in scenarios.values() for base in bases for name in _own_files(s, Path(base))})
     if named:
         found.append(
             f"The scenarios name files beside them, which must lie beside the copies, too: {', '.join(named)}"

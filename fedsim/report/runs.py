@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fedsim.report.parts import Table, spread, text_of
-from fedsim.results.plots import variants
+from fedsim.results.curves import variants
 
 if TYPE_CHECKING:
     from fedsim.results.result import Result, StudyResult

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from fedsim.report.runs import first_of_each
 if TYPE_CHECKING:
     from fedsim.results.result import Result, StudyResult
 
+DIFFERENCES = re.compile(r"\bDifferences( (from|to) [^:]+)?:.*")  # how docstrings of algorithms begin what differs
 MEANING = {
     "paper": "written from the paper",
     "authors' code": "follows the authors' code",
@@ -61,7 +63,7 @@ def _source(kind: str, runs: dict[str, Result]) -> Source:
         paper=facts["paper"],
         provenance=MEANING.get(facts["provenance"]) or str(facts["provenance"]),
         variants=list(runs),
-        differences=[p for p in paragraphs if p.startswith("Differences")],
+        differences=[found[0] for p in paragraphs if (found := DIFFERENCES.search(p))],
         text=text,
         notes=_by_text({name: run.facts.get("notes", []) for name, run in runs.items()}),
         guarantees=_by_text({name: _bound(run.facts.get("guarantee")) for name, run in runs.items()}),
