@@ -287,14 +287,25 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs or studies.")],
     to: Annotated[str | None, typer.Option(help="METRIC=VALUE: what it costs to get there.")] = None,
     at: Annotated[str | None, typer.Option(help="COST=AMOUNT: what one has by then.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The variant that pairs are made with (the first).")] = None,
+    format: Annotated[str, typer.Option(help="markdown, csv or latex.")] = "markdown",
+    out: Annotated[Path | None, typer.Option(help="Write the table there.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare variants: the cost to reach a value, or the value that a cost buys (median and quartiles)."""
+    """Compare variants: the cost to reach a value, or the value that a cost buys (median, quartiles, pairs)."""
+    from fedsim.errors import InputError
     from fedsim.results.compare import compare as table
-    from fedsim.results.compare import markdown
+    from fedsim.results.tables import written
 
-    frame = table(folders, to=_assignment("--to", to), at=_assignment("--at", at))
-    print(frame.to_json(orient="index", indent=2) if as_json else markdown(frame))
+    if format not in ("markdown", "csv", "latex"):
+        raise InputError(f"--format {format!r}: markdown, csv or latex is needed")
+    frame = table(folders, to=_assignment("--to", to), at=_assignment("--at", at), reference=reference)
+    text = frame.to_json(orient="index", indent=2) if as_json else written(frame, format)  # type: ignore[arg-type]
+    if out is None:
+        print(text)
+        return
+    out.write_text(str(text) + "\n")
+    print(out)
 
 
 @app.command()
@@ -398,8 +409,8 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
         return
     from fedsim.errors import InputError
     from fedsim.results.compare import compare as table
-    from fedsim.results.compare import markdown
     from fedsim.results.plots import what_was_saved
+    from fedsim.results.tables import markdown
 
     if "sweep" in getattr(result, "facts", {}):
         _print_cells(result)

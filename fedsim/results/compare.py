@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedsim.errors import InputError, did_you_mean
-from fedsim.results.plots import carried_forward, cost_to_reach, variants
+from fedsim.results.curves import (
+    EDGE,
+    at_edges,
+    carried_forward,
+    cost_to_reach,
+    diverged,
+    edge_notes,
+    higher_is_better,
+    variants,
+)
 from fedsim.results.result import Result, load
 
 if TYPE_CHECKING:
@@ -25,113 +35,167 @@ COSTS = (
     "queries",
     "wall_seconds",
 )
+NO_METRICS = (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down")
+
+
+@dataclass
+class _Groups:
+    """Runs by their title in the table, and what stands below it."""
+
+    runs: dict[str, list[Result]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def compare(
-    folders: Sequence[str | Path], *, to: tuple[str, float] | None = None, at: tuple[str, float] | None = None
+    folders: Sequence[str | Path],
+    *,
+    to: tuple[str, float] | None = None,
+    at: tuple[str, float] | None = None,
+    reference: str | None = None,
 ) -> pd.DataFrame:
     """Compare runs and studies: one row per variant.
 
     Args:
         folders: what `fedsim run` left behind, one or several.
-        to: (metric, value): the cost at which the metric is at or below the value for good.
-        at: (cost, amount): the metrics by the time that much was spent.
-        Without either, `to` is the smallest power of ten of the first metric that all runs reach, or `at` the
-        last common round where loads of experts were recorded.
+        to: (metric, value): the cost at which the metric is as good as the value for good: at most it, or at least
+            where more is better (accuracies, rates of success).
+        at: (cost, amount): the metrics by the time that much was spent, the last ones observed.
+        reference: the variant that the others are paired with (default the first).
+        Without either, `to` is the smallest power of ten of the first metric that all finished runs reach, or `at`
+        the last common round where loads of experts were recorded.
 
     Returns:
-        A frame with `runs`, `reached` (with `to`) and the median of every cost or metric; the quartiles of
-        costs stand beside it as `NAME_q1`, `NAME_q3`. Not reached is NaN, never a number.
+        A frame by variant. `runs`; with `to` how many `reached` the value; how many `diverged`; with `at` how many
+        `ended` before the amount (their last value counts). The median of every cost or metric NAME, its quartiles
+        `NAME_q1`, `NAME_q3`. Against the reference on common draws (equal seeds): `NAME_vs` the median over pairs of
+        the ratio of costs or the difference of metrics, its quartiles `NAME_vs_q1`, `NAME_vs_q3`, in how many
+        `pairs`. A variant some of whose runs did not reach the value, or diverged before the amount, has NaN there,
+        never a number. `attrs["notes"]` are what a reader must know.
 
     Raises:
-        InputError: a column that was not recorded, or both `to` and `at`.
+        InputError: a column that was not recorded, both `to` and `at`, or a reference that is not there.
     """
     import pandas as pd
 
     if to and at:
         raise InputError("compare: give either --to (cost for a value) or --at (value for a cost), not both")
     groups = _groups(folders)
-    at = at or (None if to else _default_end(groups))
-    to = to or (None if at else _default_goal(groups))
-    row = (lambda runs: _to(runs, *to)) if to else (lambda runs: _at(runs, *at))  # type: ignore[misc]
-    table = [{"variant": name, "runs": len(runs), **row(runs)} for name, runs in groups.items()]
+    observed = {name: [run for run in runs if not run.metrics.empty] for name, runs in groups.runs.items()}
+    at = at or (None if to else _default_end(observed))
+    to = to or (None if at else _default_goal(observed))
+    values = {name: _to(runs, *to) if to else _at(runs, *at) for name, runs in observed.items()}  # type: ignore[misc]
+    first = _reference(reference, groups.runs)
+    table = [
+        {"variant": name, **_row(runs, values[name]), **_paired(values[name], values[first], bool(to), name == first)}
+        for name, runs in groups.runs.items()
+    ]
     frame = pd.DataFrame(table).set_index("variant")
+    sign = ">=" if to and higher_is_better(to[0]) else "<="
     frame.attrs.update({"metric": to[0], "goal": to[1]} if to else {})
-    frame.attrs["question"] = f"cost to {to[0]} <= {to[1]:g}" if to else f"value at {at[0]} = {at[1]:g}"  # type: ignore[index]
+    frame.attrs["question"] = f"cost to {to[0]} {sign} {to[1]:g}" if to else f"value at {at[0]} = {at[1]:g}"  # type: ignore[index]
+    frame.attrs |= {"reference": first, "paired": "ratio" if to else "difference"}
+    frame.attrs["notes"] = [*groups.notes, *_remarks(frame, at)]
     return frame
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """Return the table as Markdown; a variant that did not reach the goal says so: `not reached (n of m)`."""
-    columns = [c for c in frame.columns if not c.endswith(("_q1", "_q3")) and c != "reached"]
-    lines = [
-        f"**{frame.attrs['question']}**",
-        "",
-        "| variant | " + " | ".join(columns) + " |",
-        "|" + "---|" * (len(columns) + 1),
-    ]
-    for name, row in frame.iterrows():
-        lines.append(f"| {name} | " + " | ".join(_cell(row, column) for column in columns) + " |")
-    return "\n".join(lines)
+@dataclass
+class _Values:
+    """What each seed gives: one number per column, or None where there is none to give."""
+
+    columns: list[str]
+    by_run: list[tuple[int, dict[str, float] | None]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def _cell(row: pd.Series, column: str) -> str:
-    numbers = {str(name): float(v) for name, v in row.items()}
-    value, runs = numbers[column], int(numbers["runs"])
-    if column == "runs":
-        return str(runs)
-    if numbers.get("reached", runs) < runs:
-        return f"not reached ({runs - int(numbers['reached'])} of {runs})"
-    if np.isnan(value):
-        return "-"
-    low, high = numbers.get(f"{column}_q1"), numbers.get(f"{column}_q3")
-    spread = "" if low is None or high is None or low == high else f" [{_short(low)}, {_short(high)}]"
-    return _short(value) + spread
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"
-
-
-def _groups(folders: Sequence[str | Path]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for folder in folders:
-        found = load(folder)
-        for name, runs in variants(found).items():
-            title = name if len(folders) == 1 else f"{Path(folder).name}: {name}"
-            groups.setdefault(title, []).extend(runs)
-    if not groups:
-        raise InputError("compare: give at least one folder of a run or a study")
-    return groups
-
-
-def _to(runs: list[Result], metric: str, goal: float) -> dict[str, Any]:
+def _to(runs: list[Result], metric: str, goal: float) -> _Values:
     _refuse_missing(runs, metric)
-    costs = [c for c in (*COSTS, "time", "round") if c in runs[0].metrics and runs[0].metrics[c].iloc[-1] > 0]
-    reached = sum(cost_to_reach(run.metrics, costs[0], metric, goal) is not None for run in runs)
-    row: dict[str, Any] = {"reached": reached}
-    for cost in costs:
-        paid = [cost_to_reach(run.metrics, cost, metric, goal) for run in runs]
-        row.update(_quartiles(cost, [p for p in paid if p is not None] if reached == len(runs) else []))
+    frames = [run.metrics for run in runs]
+    costs = [c for c in (*COSTS, "time", "round") if any(c in f and f[c].iloc[-1] > 0 for f in frames)]
+    found = _Values(costs, counts={"reached": 0})
+    for run in runs:
+        paid = {c: None if diverged(run) else cost_to_reach(run.metrics, c, metric, goal) for c in costs}
+        reached = all(value is not None for value in paid.values()) and bool(paid)
+        found.counts["reached"] += reached
+        found.by_run.append((run.seed, {c: float(v) for c, v in paid.items() if v is not None} if reached else None))
+    return found
+
+
+def _at(runs: list[Result], cost: str, amount: float) -> _Values:
+    _refuse_missing(runs, cost)
+    columns = [c for c in (runs[0].metrics if runs else ()) if c not in NO_METRICS and "." not in c]
+    found, grid = _Values(columns, counts={"ended": 0}), np.array([amount])
+    for run in runs:
+        before = float(run.metrics[cost].iloc[-1]) < amount
+        found.counts["ended"] += before and not diverged(run)
+        values = {c: float(carried_forward(run.metrics, cost, c, grid)[0]) for c in columns}
+        found.by_run.append((run.seed, None if before and diverged(run) else values))
+    return found
+
+
+def _row(runs: list[Result], found: _Values) -> dict[str, Any]:
+    row: dict[str, Any] = {"runs": len(runs), **found.counts, "diverged": sum(map(diverged, runs))}
+    whole = len(found.by_run) == len(runs) and all(values is not None for _, values in found.by_run)
+    for column in found.columns:
+        row |= _quartiles(column, [v[column] for _, v in found.by_run if v is not None] if whole else [])
     return row
 
 
-def _at(runs: list[Result], cost: str, amount: float) -> dict[str, Any]:
-    _refuse_missing(runs, cost)
-    row: dict[str, Any] = {}
-    for metric in [
-        c
-        for c in runs[0].metrics
-        if c not in (*COSTS, "time", "round", "exchanges", "bytes_up", "bytes_down") and "." not in c
-    ]:
-        grid = np.array([amount])
-        row.update(_quartiles(metric, [float(carried_forward(r.metrics, cost, metric, grid)[0]) for r in runs]))
+def _paired(own: _Values, reference: _Values, ratio: bool, same: bool) -> dict[str, float]:
+    """Return medians and quartiles over common draws of what this variant has against the reference."""
+    there = {draw: values for draw, values in reference.by_run if values is not None}
+    pairs = [(v, there[draw]) for draw, v in own.by_run if v is not None and draw in there and not same]
+    row: dict[str, float] = {"pairs": len(pairs)}
+    for column in own.columns:
+        both = [(a[column], b[column]) for a, b in pairs if column in b]
+        gone = any(b == 0 for _, b in both) and ratio
+        against = [a / b if ratio else a - b for a, b in both] if not gone else []
+        row |= _quartiles(f"{column}_vs", against)
     return row
 
 
 def _quartiles(name: str, values: list[float]) -> dict[str, float]:
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if values else (np.nan, np.nan, np.nan)
+    with np.errstate(invalid="ignore"):
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if values else (np.nan, np.nan, np.nan)
     return {name: float(middle), f"{name}_q1": float(low), f"{name}_q3": float(high)}
+
+
+def _remarks(frame: pd.DataFrame, at: tuple[str, float] | None) -> list[str]:
+    """Say of which rows a reader could take something for what it is not."""
+    notes = []
+    for name, row in frame.to_dict("index").items():
+        if at and row["ended"]:
+            count = f"{row['ended']} of {row['runs']} runs"
+            notes.append(f"{name}: {count} ended before {at[0]} = {at[1]:g}; what they had then counts")
+    return notes
+
+
+def _groups(folders: Sequence[str | Path]) -> _Groups:
+    groups = _Groups()
+    for folder in folders:
+        found = load(folder)
+        edges = at_edges(found)
+        for name, runs in variants(found).items():
+            title = (name if len(folders) == 1 else f"{Path(folder).name}: {name}") + (EDGE if name in edges else "")
+            groups.runs.setdefault(title, []).extend(runs)
+        groups.notes += edge_notes(found)
+        states = [run.status for run in found.runs]
+        for state in ("running", "interrupted", "waiting"):
+            if state in states:
+                groups.notes.append(f"{folder}: {states.count(state)} of {len(states)} runs are {state}")
+    if not groups.runs:
+        raise InputError("compare: give at least one folder of a run or a study")
+    return groups
+
+
+def _reference(wanted: str | None, groups: dict[str, list[Result]]) -> str:
+    names = {name.removesuffix(EDGE): name for name in groups}
+    if wanted is None:
+        return next(iter(groups))
+    if wanted not in names:
+        raise InputError(
+            f"compare: no variant {wanted!r} to compare with{did_you_mean(wanted, names)}; there are {', '.join(names)}"
+        )
+    return names[wanted]
 
 
 def _refuse_missing(runs: list[Result], column: str) -> None:
@@ -147,15 +211,15 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
 def _default_end(groups: dict[str, list[Result]]) -> tuple[str, float] | None:
     """Return the last common round for loads of experts: they oscillate, so no level is reached for good."""
     runs = [run for group in groups.values() for run in group]
-    if not all("maxvio" in run.metrics for run in runs):
+    if not (runs and all("maxvio" in run.metrics for run in runs)):
         return None
     return "round", min(float(run.metrics["round"].iloc[-1]) for run in runs)
 
 
 def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
-    runs = [run for group in groups.values() for run in group]
+    runs = [run for group in groups.values() for run in group if not diverged(run)]
     known = ("distance", "stationarity", "loss", "consensus")
-    metric = next((m for m in known if all(m in run.metrics for run in runs)), None)
+    metric = next((m for m in known if runs and all(m in run.metrics for run in runs)), None)
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
     if metric is None or not (np.isfinite(worst) and worst > 0):
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")

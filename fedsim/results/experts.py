@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.results.plots import _STYLE, COLOURS, TITLES, _save, variants
+from fedsim.results.curves import variants
+from fedsim.results.plots import _STYLE, COLOURS, TITLES, _save
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedsim.errors import InputError, did_you_mean
+from fedsim.results.curves import carried_forward, cost_to_reach, variants
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
     from fedsim.results.result import Result, StudyResult
@@ -89,28 +88,6 @@ def plot(
         files = _save(figure, Path(out) if out else result.folder / "plots" / metric)
         plt.close(figure)
     return files
-
-
-def variants(result: Result | StudyResult) -> dict[str, list[Result]]:
-    """Return the runs of each variant, in the scenario's order."""
-    groups: dict[str, list[Result]] = {}
-    for run in result.runs:
-        groups.setdefault(run.variant, []).append(run)
-    return groups
-
-
-def carried_forward(frame: pd.DataFrame, cost: str, metric: str, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the last observed `metric` at or before each cost on `grid` (NaN before the first); never interpolated."""
-    costs, values = frame[cost].to_numpy(float), frame[metric].to_numpy(float)
-    place = np.searchsorted(costs, grid, side="right") - 1
-    return np.where(place >= 0, values[np.maximum(place, 0)], np.nan)
-
-
-def cost_to_reach(frame: pd.DataFrame, cost: str, metric: str, goal: float) -> float | None:
-    """Return the recorded cost from which `metric` stays at or below `goal`, or None where it never does."""
-    above = np.flatnonzero(~(frame[metric].to_numpy(float) <= goal))
-    first = 0 if len(above) == 0 else int(above[-1]) + 1
-    return None if first >= len(frame) else float(frame[cost].iloc[first])
 
 
 def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: float | None = None) -> str:

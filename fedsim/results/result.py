@@ -94,6 +94,12 @@ class Result:
             "last": last,
         }
 
+    def compare(self, **question: Any) -> pd.DataFrame:
+        """Return its row of a comparison; see `fedsim.compare`."""
+        from fedsim.results.compare import compare
+
+        return compare([self.folder], **question)
+
     def plot(self, **options: Any) -> list[Path]:
         """Draw metric against cost; see `fedsim.results.plots.plot`."""
         from fedsim.results.plots import plot
@@ -149,6 +155,12 @@ class StudyResult:
             "digest": self.digest,
             "runs": [{"variant": run.variant, "seed": run.seed, **run.summary()} for run in self.runs],
         }
+
+    def compare(self, **question: Any) -> pd.DataFrame:
+        """Return what a value costs, or what a cost buys, by variant; see `fedsim.compare`."""
+        from fedsim.results.compare import compare
+
+        return compare([self.folder], **question)
 
     def plot(self, **options: Any) -> list[Path]:
         """Draw metric against cost, one line and band per variant; see `fedsim.results.plots.plot`."""

@@ -1,0 +1,62 @@
+"""Curves of runs: the last observation carried forward, the cost from which a level is kept, runs by variant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.sections import HIGHER_IS_BETTER
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedsim.results.result import Result, StudyResult
+
+EDGE = "\N{DAGGER}"
+
+
+def variants(result: Result | StudyResult) -> dict[str, list[Result]]:
+    """Return the runs of each variant, in the scenario's order."""
+    groups: dict[str, list[Result]] = {}
+    for run in result.runs:
+        groups.setdefault(run.variant, []).append(run)
+    return groups
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return whether large values of a metric are good."""
+    return metric in HIGHER_IS_BETTER
+
+
+def carried_forward(frame: pd.DataFrame, cost: str, metric: str, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the last observed `metric` at or before each cost on `grid` (NaN before the first); never interpolated."""
+    costs, values = frame[cost].to_numpy(float), frame[metric].to_numpy(float)
+    place = np.searchsorted(costs, grid, side="right") - 1
+    return np.where(place >= 0, values[np.maximum(place, 0)], np.nan)
+
+
+def cost_to_reach(frame: pd.DataFrame, cost: str, metric: str, goal: float) -> float | None:
+    """Return the recorded cost from which `metric` stays as good as `goal`, or None where it never does."""
+    values = frame[metric].to_numpy(float)
+    bad = np.flatnonzero(~(values >= goal if higher_is_better(metric) else values <= goal))
+    first = 0 if len(bad) == 0 else int(bad[-1]) + 1
+    return None if first >= len(frame) else float(frame[cost].iloc[first])
+
+
+def diverged(run: Result) -> bool:
+    """Return whether a run failed: nothing that it observed holds beyond its end."""
+    return run.status == "failed"
+
+
+def at_edges(result: Result | StudyResult) -> dict[str, list[str]]:
+    """Return, for variants that were tuned, at which ends of their grids they were picked; empty where at none."""
+    choices: list[dict[str, Any]] = getattr(result, "facts", {}).get("select", {}).get("choices", [])
+    return {choice["variant"]: choice["edges"] for choice in choices if choice["edges"]}
+
+
+def edge_notes(result: Result | StudyResult) -> list[str]:
+    """Return a line for every variant at an end of its grid, as it stands below tables and figures."""
+    found = at_edges(result).items()
+    return [f"{EDGE} {name}: {', '.join(edges)} of its grid; the best may lie beyond" for name, edges in found]
