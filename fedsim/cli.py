@@ -269,16 +269,20 @@ def rates(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="The folder of a run or a study.")],
-    metric: Annotated[str | None, typer.Option(help="What to draw (default distance, else loss).")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or studies, drawn together.")],
+    metric: Annotated[list[str] | None, typer.Option(help="What to draw; repeat for more rows.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Cost column; repeat for more panels.")] = None,
     out: Annotated[Path | None, typer.Option(help="File without suffix.")] = None,
     theory: Annotated[bool, typer.Option(help="Draw the guarantee.")] = True,
+    width: Annotated[str | None, typer.Option(help="Of the page: column, text, or inches.")] = None,
 ) -> None:
-    """Draw a metric against costs, as PNG and SVG."""
+    """Draw metrics (default distance, else loss) against costs, as PNG, SVG and PDF."""
+    from fedsim.results.plots import plot as draw
     from fedsim.results.result import load
 
-    for file in load(folder).plot(metric=metric, against=against, out=out, theory=theory):
+    found = [load(folder) for folder in folders]
+    options: Any = {"metric": metric, "against": against, "out": out, "theory": theory, "width": width}
+    for file in draw(found, **options):
         print(file)
 
 

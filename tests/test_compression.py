@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
+import fedsim
 from fedsim.algorithms.requests import Mix
 from fedsim.compression.compressors import build
 from fedsim.engine.counts import Counts
@@ -16,6 +18,8 @@ from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
 from fedsim.engine.streams import RoundDraws, Streams
 from fedsim.errors import InputError
+from fedsim.prepare import prepare
+from fedsim.scenario import load_study
 from fedsim.topology.build import build as graph
 
 ALL = {
@@ -182,3 +186,71 @@ def test_wrong_compressors_are_refused(how, message):
     """The key, and what is needed."""
     with pytest.raises(InputError, match=message):
         build(how, "compress")
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from fedsim.compression.compressors import Compressor, Quality
+from fedsim.compression.packets import DensePacket
+
+@dataclass(frozen=True)
+class Halves(Compressor):
+    kind = "halves"
+    keep: float = 0.5
+
+    def quality(self, sizes):
+        return Quality(1 - (1 - self.keep) ** 2, None)
+
+    def compress(self, v, rng, purpose, sizes):
+        return DensePacket(self.keep * v, self.keep * v)
+"""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ones_own_compressor_lies_beside_the_scenario(tmp_path, monkeypatch, elsewhere):
+    """`file.py:Class` is looked up in the scenario's folder, not in the current one."""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "own.py").write_text(OWN)
+    how = {"kind": "own.py:Halves", "keep": 0.9}
+    content = {
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "quadratic", "dim": 3},
+        "algorithm": {"kind": "cdproxsgt", "eta": 0.1, "compress": how, "compress_y": "own.py:Halves"},
+        "schedule": {"horizon": 2},
+    }
+    (tmp_path / "lab" / "s.yaml").write_text(yaml.safe_dump(content))
+    if elsewhere:
+        (tmp_path / "own.py").write_text("raise SystemExit('the wrong file')")
+    monkeypatch.chdir(tmp_path)
+    scenario = only_run(tmp_path / "lab" / "s.yaml")
+    made = prepare(scenario).algorithm
+    assert (made._x.keep, made._y.keep) == (0.9, 0.5)
+    assert fedsim.run(tmp_path / "lab" / "s.yaml", folder=tmp_path / "out").status == "finished"
+    assert scenario.key() != changed_own_file(tmp_path / "lab").key()
+
+
+def only_run(file):
+    return load_study(file).runs[0]
+
+
+def changed_own_file(folder):
+    (folder / "own.py").write_text(OWN + "\n# another version\n")
+    return only_run(folder / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("other.py:Halves", "no such file"), ({"kind": "own.py:Halves", "kept": 1}, "'keep'")]
+)
+def test_a_mistake_in_ones_own_compressor_is_named(tmp_path, how, message):
+    """A missing file, or an unknown key, ends before anything is played."""
+    (tmp_path / "own.py").write_text(OWN)
+    content = {
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "quadratic", "dim": 3},
+        "algorithm": {"kind": "choco_sgd", "eta": 0.1, "compress": how},
+        "schedule": {"horizon": 2},
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=message):
+        prepare(only_run(tmp_path / "s.yaml"))

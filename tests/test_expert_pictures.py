@@ -27,7 +27,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("metric", ["load", "bias", "regret", "maxvio"])
 def test_every_picture_is_drawn(study, metric, tmp_path):
     """PNG and SVG are there; the SVG names every variant."""
-    png, svg = study.plot(metric=metric, out=tmp_path / metric)
+    png, svg, *_ = study.plot(metric=metric, out=tmp_path / metric)
     assert png.stat().st_size > 5000
     assert "sign" in svg.read_text()
     assert "prop" in svg.read_text()
@@ -45,7 +45,7 @@ def test_the_terms_of_the_lagrangian_are_drawn(tmp_path):
         },
         folder=tmp_path / "out",
     )
-    _, svg = result.plot(metric="lagrangian")
+    _, svg, *_ = result.plot(metric="lagrangian")
     assert "switching benefits" in svg.read_text()
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedsim.errors import InputError, did_you_mean
-from fedsim.results.curves import carried_forward, cost_to_reach, variants
+from fedsim.results.curves import (
+    EDGE,
+    at_edges,
+    carried_forward,
+    cost_to_reach,
+    diverged,
+    edge_notes,
+    higher_is_better,
+    variants,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 CLOCKS = ("time", "round")
 TITLES = {
@@ -37,57 +48,128 @@ TITLES = {
 
 
 def plot(
-    result: Result | StudyResult,
+    result: Result | StudyResult | Sequence[Result | StudyResult],
     *,
-    metric: str | None = None,
+    metric: str | Sequence[str] | None = None,
     against: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     goal: float | None = None,
     theory: bool = True,
+    width: Width | None = None,
 ) -> list[Path]:
-    """Draw `metric` (log scale) against each cost column in `against`, a panel each, as PNG and SVG.
+    """Draw metrics against costs, a row of panels per metric and a column per cost, as PNG, SVG and PDF.
+
+    A line is the median over a variant's runs, the last observation carried forward; a band the quartiles (of two runs,
+    both). A run that diverged is a thin line of its own that ends in a cross.
 
     Args:
-        metric: default `distance`, where it was recorded, else `loss`.
+        result: one, or several to draw together.
+        metric: default `distance`, where it was recorded, else `loss`; logarithmic where it is positive.
         against: default `communications` and `gradients`.
-        out: file without suffix; default `plots/METRIC` in the result's folder.
+        out: file without suffix; default `plots/METRIC` in the (first) result's folder.
         goal: a level of the metric; the text under the picture says what each variant paid to reach it.
             Default: the smallest power of ten that all variants reach.
         theory: draw the algorithm's guarantee against time or gradients.
+        width: of the page it is for: `column` (3.25 in), `text` (6.75 in) or inches, with type of 8 points.
 
     Returns:
         The files written.
 
     Raises:
-        InputError: a column that was not recorded.
+        InputError: a column that was not recorded, or nothing was observed.
     """
     from fedsim.results import experts
 
-    metric = metric or _default_metric(result)
-    if experts.draws(result, metric):
-        return experts.draw(result, metric, Path(out) if out else None)
+    results = list(result) if isinstance(result, Sequence) else [result]
+    drawn = _Drawn([run for found in results for run in found.runs if not run.metrics.empty], _lines(results))
+    if not drawn.runs:
+        raise InputError(f"plot: no run in {results[0].folder} has observed anything yet")
+    metrics = [metric] if isinstance(metric, str) else list(metric or [_default_metric(drawn.runs)])
+    if len(results) == 1 and experts.draws(results[0], metrics[0]):
+        return experts.draw(results[0], metrics[0], Path(out) if out else None)
+    costs = [against] if isinstance(against, str) else list(against or _default_costs(drawn.runs))
+    for column in (*metrics, *costs):
+        _refuse_missing(drawn.runs, column)
+    notes = [*_bands(drawn), *(note for found in results for note in edge_notes(found))]
+    saved = what_was_saved(results[0], metrics[0], costs[0], goal) if len(results) == 1 else ""
+    where = Path(out) if out else results[0].folder / "plots" / "-".join(metrics)
+    return _draw(drawn, metrics, costs, theory, width, [*([saved] if saved else []), *notes], where)
+
+
+Width = Literal["column", "text"] | float
+INCHES = {"column": 3.25, "text": 6.75}
+NARROW = 1.9  # inches below which panels stand under each other
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a figure shows: all runs, and those of each line by its label."""
+
+    runs: list[Result]
+    lines: dict[str, list[Result]]
+
+
+def _lines(results: Sequence[Result | StudyResult]) -> dict[str, list[Result]]:
+    lines: dict[str, list[Result]] = {}
+    for result in results:
+        edges = at_edges(result)
+        for name, runs in variants(result).items():
+            title = (name if len(results) == 1 else f"{result.folder.name}: {name}") + (EDGE if name in edges else "")
+            lines.setdefault(title, []).extend(run for run in runs if not run.metrics.empty)
+    return lines
+
+
+def _bands(drawn: _Drawn) -> list[str]:
+    counts = {len(runs) for runs in drawn.lines.values()}
+    if max(counts) < 2:
+        return []
+    return ["lines: medians over runs; bands: " + ("quartiles" if max(counts) > 2 else "both runs")]
+
+
+def _draw(
+    drawn: _Drawn, metrics: list[str], costs: list[str], theory: bool, width: Width | None, notes: list[str], out: Path
+) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    costs = [against] if isinstance(against, str) else list(against or _default_costs(result))
-    for column in (metric, *costs):
-        _refuse_missing(result, column)
-    with plt.rc_context(rc=_STYLE):
-        figure, axes = plt.subplots(1, len(costs), figsize=(3.5 * len(costs) + 0.4, 3.4), sharey=True, squeeze=False)
-        for axis, cost in zip(axes[0], costs, strict=True):
-            _panel(axis, result, metric, cost, theory)
-        axes[0][0].set_ylabel(TITLES.get(metric, metric))
-        handles, labels = _legend(axes[0])
-        wide = int(figure.get_figwidth() / (0.5 + 0.075 * max(map(len, labels))))
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, max(1, wide)), frameon=False)
-        saved = what_was_saved(result, metric, costs[0], goal)
-        if saved:
-            figure.supxlabel(saved, fontsize=8.5)
-        files = _save(figure, Path(out) if out else result.folder / "plots" / metric)
+    inches = 3.5 * len(costs) + 0.4 if width is None else INCHES.get(str(width)) or _inches(width)
+    stacked = inches / len(costs) < NARROW
+    rows, columns = (len(metrics) * len(costs), 1) if stacked else (len(metrics), len(costs))
+    across = min(4, max(1, int(inches / (0.5 + 0.075 * max(map(len, drawn.lines))))))
+    around = 0.17 * (-(-len(drawn.lines) // across) + _wrapped(notes, inches).count("\n") + 2)  # legend and notes
+    height = rows * min(3.0, 0.72 * inches / columns) + around
+    with plt.rc_context(rc=_STYLE | ({} if width is None else _PAPER)):
+        figure, axes = plt.subplots(rows, columns, figsize=(inches, height), squeeze=False)
+        panels = [(metric, cost) for metric in metrics for cost in costs]
+        for axis, (metric, cost) in zip(axes.flat, panels, strict=True):
+            _panel(axis, drawn, metric, cost, theory)
+            if stacked or cost == costs[0]:
+                axis.set_ylabel(TITLES.get(metric, metric))
+        handles, labels = _legend(list(axes.flat))
+        figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
+        if notes:
+            figure.supxlabel(_wrapped(notes, inches), fontsize=7.5)
+        files = _save(figure, out, (".png", ".svg", ".pdf"))
         plt.close(figure)
     return files
+
+
+def _inches(width: Width) -> float:
+    try:
+        inches = float(width)
+    except ValueError:
+        inches = 0.0
+    if not 1.0 <= inches <= 40.0:
+        raise InputError(f"plot: width {width!r} given; column, text, or 1 to 40 inches is needed")
+    return inches
+
+
+def _wrapped(notes: list[str], inches: float) -> str:
+    import textwrap
+
+    return "\n".join(line for note in notes for line in textwrap.wrap(note, max(30, int(inches * 17))))
 
 
 def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: float | None = None) -> str:
@@ -101,7 +183,10 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     level = goal if goal is not None else _common_goal(result, metric)
     if level is None:
         return ""
-    paid = {name: [cost_to_reach(r.metrics, cost, metric, level) for r in runs] for name, runs in groups.items()}
+    paid = {
+        name: [None if diverged(r) else cost_to_reach(r.metrics, cost, metric, level) for r in runs]
+        for name, runs in groups.items()
+    }
     medians = {
         name: float(np.median([p for p in all_paid if p is not None]))
         for name, all_paid in paid.items()
@@ -113,49 +198,69 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     if medians[best] == medians[worst]:
         return ""
     missed = [name for name in groups if name not in medians]
-    line = f"{metric} {level:.0e}: {best} needs {medians[best]:,.0f} {cost}, {worst} {medians[worst]:,.0f}"
-    if medians[worst] > 0:
-        line += f" ({1 - medians[best] / medians[worst]:.0%} fewer)"
+    fewer = f", {1 - medians[best] / medians[worst]:.0%} fewer than" if medians[worst] > 0 else "; not so"
+    line = f"{metric} {level:.0e}: {best} needs {medians[best]:,.0f} {cost}{fewer} {worst} ({medians[worst]:,.0f})"
     return line + (f"; not reached by {', '.join(missed)}" if missed else "")
 
 
-def _panel(axis: Axes, result: Result | StudyResult, metric: str, cost: str, theory: bool) -> None:
-    for index, (name, runs) in enumerate(variants(result).items()):
+def _panel(axis: Axes, drawn: _Drawn, metric: str, cost: str, theory: bool) -> None:
+    for index, (name, runs) in enumerate(drawn.lines.items()):
         _line(axis, runs, metric, cost, name, index)
-        if theory and cost in (*CLOCKS, "gradients"):
+        if theory and runs and cost in (*CLOCKS, "gradients"):
             _guarantee(axis, runs[0], metric, cost, COLOURS[index % len(COLOURS)])
-    _floor(axis, result, metric, cost)
-    if _positive(result, metric):
+    _floor(axis, drawn.runs[0], metric, cost)
+    if _positive(drawn.runs, metric):
         axis.set_yscale("log")
+    _keep_in_view(axis, drawn.runs, metric)
     axis.set_xlabel(TITLES.get(cost, cost))
     axis.grid(True, which="major", alpha=0.25, linewidth=0.6)
 
 
-def _floor(axis: Axes, result: Result | StudyResult, metric: str, cost: str) -> None:
+def _keep_in_view(axis: Axes, runs: Sequence[Result], metric: str) -> None:
+    """Do not let a run that blows up press all others to the ground."""
+    values = np.concatenate([run.metrics[metric].to_numpy(float) for run in runs])
+    first = max(abs(float(run.metrics[metric].iloc[0])) for run in runs)
+    if first > 0 and np.nanmax(np.abs(values)) > BLOWN * first:
+        axis.set_ylim(top=10.0 * first)
+
+
+def _floor(axis: Axes, run: Result, metric: str, cost: str) -> None:
     """Draw the level that sampling alone leaves, where it was recorded beside the metric."""
-    frame = result.runs[0].metrics
+    frame = run.metrics
     if f"{metric}_floor" in frame:
         axis.plot(frame[cost], frame[f"{metric}_floor"], color="grey", linestyle=":", linewidth=1.2, label="floor")
 
 
 def _line(axis: Axes, runs: list[Result], metric: str, cost: str, name: str, index: int) -> None:
-    frames = [run.metrics for run in runs]
+    look: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
+        "markersize": 4,
+    }
+    for run in filter(diverged, runs):
+        _broken_off(axis, run, metric, cost, look)
+    frames = [run.metrics for run in runs if not diverged(run)]
+    if not frames:
+        axis.plot([], [], label=f"{name} (diverged)", **look)
+        return
     end = min(float(frame[cost].iloc[-1]) for frame in frames)
     grid = np.unique(np.concatenate([frame[cost].to_numpy(float) for frame in frames]))
     grid = grid[grid <= end]
-    values = np.array([carried_forward(frame, cost, metric, grid) for frame in frames])
-    colour, mark = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    axis.plot(
-        grid,
-        np.median(values, axis=0),
-        color=colour,
-        marker=mark,
-        markevery=max(1, len(grid) // 8),
-        markersize=4,
-        label=name,
-    )
-    if len(runs) > 1:
-        axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+    values = np.clip([carried_forward(frame, cost, metric, grid) for frame in frames], -HUGE, HUGE)
+    axis.plot(grid, np.median(values, axis=0), markevery=max(1, len(grid) // 8), label=name, **look)
+    if len(frames) > 1:
+        low, high = np.quantile(values, [0.25, 0.75], axis=0) if len(frames) > 2 else (values.min(0), values.max(0))
+        axis.fill_between(grid, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _broken_off(axis: Axes, run: Result, metric: str, cost: str, look: dict[str, Any]) -> None:
+    """Draw a run that diverged, up to where it did, with a cross at its last place in view."""
+    costs, values = run.metrics[cost].to_numpy(float), run.metrics[metric].to_numpy(float)
+    seen = np.isfinite(values) & (np.abs(values) <= BLOWN * max(abs(values[0]), 1e-300))
+    axis.plot(costs[seen], values[seen], color=look["color"], linestyle=look["linestyle"], linewidth=0.8, alpha=0.6)
+    if seen.any():
+        axis.plot(costs[seen][-1:], values[seen][-1:], marker="x", markersize=6, color=look["color"])
 
 
 def _guarantee(axis: Axes, run: Result, metric: str, cost: str, colour: str) -> None:
@@ -190,22 +295,23 @@ def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _save(figure: Any, stem: Path) -> list[Path]:
+def _save(figure: Any, stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.parent / (stem.name + suffix) for suffix in (".png", ".svg")]
+    files = [stem.parent / (stem.name + suffix) for suffix in suffixes]
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same results give the same files
     for file in files:
-        figure.savefig(file)
+        figure.savefig(file, metadata=undated.get(file.suffix))
     return files
 
 
-def _default_metric(result: Result | StudyResult) -> str:
-    columns = result.runs[0].metrics.columns
+def _default_metric(runs: Sequence[Result]) -> str:
+    columns = runs[0].metrics.columns
     return next((m for m in ("distance", "stationarity", "loss", "consensus", "maxvio") if m in columns), columns[-1])
 
 
-def _default_costs(result: Result | StudyResult) -> tuple[str, ...]:
-    last = result.runs[0].metrics.iloc[-1]
-    if _default_metric(result) == "maxvio":
+def _default_costs(runs: Sequence[Result]) -> tuple[str, ...]:
+    last = runs[0].metrics.iloc[-1]
+    if _default_metric(runs) == "maxvio":
         return ("round",)
     if last.get("queries", 0) > 0:
         return ("queries", "bytes")
@@ -213,28 +319,38 @@ def _default_costs(result: Result | StudyResult) -> tuple[str, ...]:
     return tuple(moving[:2]) or (next(c for c in CLOCKS if c in last),)
 
 
-def _refuse_missing(result: Result | StudyResult, column: str) -> None:
-    columns = list(result.runs[0].metrics.columns)
-    if column not in columns:
-        raise InputError(
-            f"plot: column {column!r} was not recorded{did_you_mean(column, columns)}; there are {', '.join(columns)}"
-        )
+def _refuse_missing(runs: Sequence[Result], column: str) -> None:
+    for run in runs:
+        columns = list(run.metrics.columns)
+        if column not in columns:
+            hint = did_you_mean(column, columns)
+            raise InputError(
+                f"plot: column {column!r} was not recorded{hint}; {run.folder.name} has {', '.join(columns)}"
+            )
 
 
-def _positive(result: Result | StudyResult, metric: str) -> bool:
-    return all((run.metrics[metric] > 0).any() and (run.metrics[metric].dropna() >= 0).all() for run in result.runs)
+def _positive(runs: Sequence[Result], metric: str) -> bool:
+    if higher_is_better(metric):
+        return False
+    return all((run.metrics[metric] > 0).any() and (run.metrics[metric].dropna() >= 0).all() for run in runs)
 
 
 def _common_goal(result: Result | StudyResult, metric: str) -> float | None:
     """Return the smallest power of ten that every run reaches for good, or None."""
-    worst = max(float(run.metrics[metric].iloc[-1]) for run in result.runs)
-    start = min(float(run.metrics[metric].iloc[0]) for run in result.runs)
+    runs = [run for run in result.runs if not diverged(run)]
+    if not runs or higher_is_better(metric):
+        return None
+    worst = max(float(run.metrics[metric].iloc[-1]) for run in runs)
+    start = min(float(run.metrics[metric].iloc[0]) for run in runs)
     if not (np.isfinite(worst) and 0 < worst < start):
         return None
     level = 10.0 ** np.ceil(np.log10(worst))
     return float(level) if level < start else None
 
 
+BLOWN = 1e4  # how many times its start a metric may grow before it is out of view
+HUGE = 1e100
+_PAPER: Any = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2}
 _STYLE: Any = {
     "figure.dpi": 160,
     "figure.constrained_layout.use": True,

@@ -1,0 +1,123 @@
+"""Figures for papers: their size, marks, bands, legends and notes; the same results give the same files."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from test_compare import study
+
+import fedsim
+from fedsim.errors import InputError
+from fedsim.results.plots import plot
+
+
+def words(file):
+    """Return the text of an SVG."""
+    return [" ".join("".join(t.itertext()).split()) for t in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Ten variants with four runs each."""
+    runs = [(f"V{v}", s, [9 / (1 + k * (1 + v + s / 4)) for k in range(12)]) for v in range(10) for s in range(4)]
+    return study(tmp_path / "many", runs)
+
+
+def test_a_figure_has_the_width_of_the_page_and_one_legend(many, tmp_path):
+    """`column` is 3.25 in and `text` 6.75 in wide, in PDF and SVG; each variant stands in the legend once."""
+    for width, inches in (("column", 3.25), ("text", 6.75), (5, 5.0)):
+        png, svg, pdf = many.plot(width=width, against=["bytes", "gradients"], out=tmp_path / str(width))
+        assert png.exists()
+        size = ET.parse(svg).getroot().get("width")
+        assert float(size.removesuffix("pt")) == pytest.approx(72 * inches)
+        box = re.search(rb"/MediaBox \[ *0 0 ([\d.]+)", pdf.read_bytes())
+        assert float(box.group(1)) == pytest.approx(72 * inches)
+        assert [word for word in words(svg) if word.startswith("V")] == [f"V{v}" for v in range(10)]
+
+
+def test_lines_are_told_apart_by_more_than_colour(many, tmp_path):
+    """Of ten variants no two share colour, marker and dashes; fewer than nine never share a colour or a marker."""
+    import matplotlib.pyplot as plt
+
+    from fedsim.results.plots import _line
+
+    figure, axis = plt.subplots()
+    for index in range(10):
+        _line(axis, many.runs[4 * index : 4 * index + 4], "loss", "bytes", f"V{index}", index)
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axis.get_lines()]
+    plt.close(figure)
+    assert len(set(looks)) == 10
+    assert len({colour for colour, _, _ in looks[:8]}) == len({mark for _, mark, _ in looks[:8]}) == 8
+
+
+def test_bands_are_what_the_caption_says(tmp_path):
+    """Quartiles from three runs on, both runs of two, none of one."""
+    for count, said in ((4, "bands: quartiles"), (2, "bands: both runs"), (1, None)):
+        found = study(tmp_path / str(count), [("A", s, [9, 5 + s, 1 + s]) for s in range(count)])
+        text = " ".join(words(found.plot(metric="loss", against="bytes")[1]))
+        assert (said in text) if said else ("bands" not in text)
+
+
+def test_several_studies_metrics_and_costs_stand_in_one_figure(tmp_path):
+    """Two studies and two costs share one legend, each line with its study's name."""
+    one = study(tmp_path / "one", [("A", 0, [9, 5, 1])])
+    two = study(tmp_path / "two", [("A", 0, [9, 4, 1]), ("B", 0, [9, 4, 2])])
+    _, svg, _ = plot([one, two], metric="loss", against=["bytes", "round"], out=tmp_path / "both")
+    shown = words(svg)
+    assert [word for word in shown if ": " in word] == ["one: A", "two: A", "two: B"]
+    assert {"bytes sent", "round"} <= set(shown)
+
+
+def test_a_diverged_run_ends_in_a_cross_and_hides_no_other(tmp_path):
+    """A run that grows to 1e300 leaves the others in view, and a variant that only diverged says so."""
+    broken = {"status": "failed", "diverged": True}
+    runs = [
+        ("A", 0, [9, 5, 1, 0.5]),
+        ("A", 1, [9, 90, 1e300], broken),
+        ("B", 0, [9, 1e200], broken),
+        ("C", 0, [], broken),
+    ]
+    _, svg, _ = study(tmp_path, runs).plot(metric="loss", against="bytes")
+    assert "B (diverged)" in words(svg)
+    assert "C (diverged)" in words(svg)
+    assert not any("200" in word or "300" in word for word in words(svg))
+
+
+def test_the_edge_of_a_grid_is_flagged_in_the_figure(tmp_path):
+    """The variant's label has a dagger, explained under the figure."""
+    choice = {"variant": "A", "cell": {"a.eta": 1}, "edges": ["a.eta at its upper end 1"]}
+    found = study(tmp_path, [("A", 0, [9, 1])], select={"choices": [choice]})
+    shown = " ".join(words(found.plot(metric="loss", against="bytes")[1]))
+    assert "A\N{DAGGER}" in shown
+    assert "\N{DAGGER} A: a.eta at its upper end 1 of its grid; the best may lie beyond" in shown
+
+
+def test_the_caption_names_who_needs_less(tmp_path):
+    """`A needs 10 bytes, 50% fewer than B (20)`: the saving stands with the one that saves."""
+    found = study(tmp_path, [("A", 0, [9, 1, 1]), ("B", 0, [9, 9, 1])])
+    shown = " ".join(words(found.plot(metric="loss", against="bytes")[1]))
+    assert "loss 1e+00: A needs 10 bytes, 50% fewer than B (20)" in shown
+
+
+def test_the_same_results_give_the_same_files(many, tmp_path):
+    """SVG and PDF are equal byte for byte when drawn again: no dates, no random names."""
+    first = many.plot(out=tmp_path / "a", metric="loss", against="bytes")
+    second = many.plot(out=tmp_path / "b", metric="loss", against="bytes")
+    for one, two in zip(first[1:], second[1:], strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path):
+    """A column that was not recorded, a width that is none, and a study without observations are named."""
+    found = study(tmp_path / "a", [("A", 0, [9, 1])])
+    for options, message in (
+        ({"metric": "los"}, "column 'los' was not recorded (did you mean 'loss'?)"),
+        ({"width": "page"}, "width 'page' given; column, text, or 1 to 40 inches is needed"),
+        ({"width": 99}, "width 99 given"),
+    ):
+        with pytest.raises(InputError) as error:
+            found.plot(against="bytes", **({"metric": "loss"} | options))
+        assert message in str(error.value)
+    empty = study(tmp_path / "b", [("A", 0, [], {"status": "waiting"})])
+    with pytest.raises(InputError, match="has observed anything yet"):
+        fedsim.load(empty.folder).plot()
