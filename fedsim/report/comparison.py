@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedsim.errors import InputError
-from fedsim.report.parts import Table, number
-from fedsim.report.pictures import MAIN
+from fedsim.report.parts import Table
 from fedsim.results.compare import compare
+from fedsim.results.tables import tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,45 +18,19 @@ ENDS = ("bytes", "queries", "samples", "gradients", "communications", "round", "
 
 
 def comparisons(result: Result | StudyResult) -> tuple[list[Table], list[str]]:
-    """Return what it costs to get to a common value, and what each has for a common cost; and why one is missing."""
-    tables, notes = [], []
-    for question in (_to, _at):
+    """Return what it costs to get to a common value, and what each has for a common cost; and what to know of them."""
+    found: dict[str, Table] = {}
+    notes: list[str] = []
+    end = _common_end(result)
+    for at in [None, *([end] if end else [])]:
         try:
-            table = question(result)
-            tables += [table] if table and table.caption not in [t.caption for t in tables] else []
+            frame = compare([result.folder], at=at)
         except InputError as error:
             notes.append(f"No table: {error}")
-    return tables, notes
-
-
-def _to(result: Result | StudyResult) -> Table | None:
-    try:
-        return _asked(result)
-    except InputError:
-        goal = _goal_of_finished(result)  # what diverged has no common goal with what did not
-        if goal is None:
-            raise
-        return _asked(result, to=goal)
-
-
-def _at(result: Result | StudyResult) -> Table | None:
-    end = _common_end(result)
-    return _asked(result, at=end) if end else None
-
-
-def _asked(
-    result: Result | StudyResult, to: tuple[str, float] | None = None, at: tuple[str, float] | None = None
-) -> Table:
-    with np.errstate(invalid="ignore"):  # quartiles of what diverged, or of an infinite epsilon
-        return _table(compare([result.folder], to=to, at=at))
-
-
-def _goal_of_finished(result: Result | StudyResult) -> tuple[str, float] | None:
-    """Return the smallest power of ten that all runs that finished reach."""
-    frames = [run.metrics for run in result.runs if run.status == "finished"]
-    metric = next((m for m in MAIN if frames and all(m in frame for frame in frames)), None)
-    worst = max(float(frame[metric].iloc[-1]) for frame in frames) if metric else math.nan
-    return (metric, 10.0 ** math.ceil(math.log10(worst))) if metric and 0 < worst < math.inf else None
+            continue
+        found |= {table.caption: table for table in _tables(frame)}
+        notes += frame.attrs.get("notes", [])
+    return list(found.values()), list(dict.fromkeys(notes))
 
 
 def _common_end(result: Result | StudyResult) -> tuple[str, float] | None:
@@ -73,23 +44,7 @@ def _common_end(result: Result | StudyResult) -> tuple[str, float] | None:
     return None
 
 
-def _table(frame: pd.DataFrame) -> Table:
-    shown = [str(c) for c in frame.columns if not str(c).endswith(("_q1", "_q3")) and c != "reached"]
-    rows = [[str(name), *(_cell(row, column) for column in shown)] for name, row in frame.iterrows()]
-    question = str(frame.attrs.get("question", "comparison"))
-    return Table(question[:1].upper() + question[1:], [str(frame.index.name or "variant"), *shown], rows)
-
-
-def _cell(row: pd.Series, column: str) -> str:
-    value = row[column]
-    if not isinstance(value, int | float | np.integer | np.floating):
-        return str(value)
-    runs, reached = int(row.get("runs", 0)), row.get("reached")  # type: ignore[arg-type]
-    if column == "runs":
-        return str(runs)
-    if reached is not None and int(reached) < runs and np.isnan(float(value)):
-        return f"not reached ({runs - int(reached)} of {runs})"
-    low, high = row.get(f"{column}_q1"), row.get(f"{column}_q3")
-    if low is None or high is None or low == high or np.isnan(float(value)):
-        return number(float(value))
-    return f"{number(float(value))} [{number(float(low))}, {number(float(high))}]"
+def _tables(frame: pd.DataFrame) -> list[Table]:
+    question = str(frame.attrs["question"])
+    question = question[:1].upper() + question[1:]
+    return [Table(f"{question}: {title}" if title else question, head, rows) for title, head, rows in tables(frame)]

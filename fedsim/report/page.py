@@ -99,7 +99,8 @@ def _sweep(result: Result | StudyResult, tuning: StudyResult | None) -> dict[str
     table, lines = sweeps.choices(result)
     select = result.facts.get("select") or {}
     at = select.get("at", "end")
-    drawn = sweeps.sensitivity(swept, select.get("metric"), select.get("best") == "highest", at)
+    highest = select["best"] == "highest" if select else None
+    drawn = sweeps.sensitivity(swept, select.get("metric"), highest, at)
     return {
         "axes": sweeps.axes(swept),
         "choices": table,

@@ -16,7 +16,7 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.report.parts import Picture, number
 from fedsim.results.compare import COSTS
-from fedsim.results.curves import variants
+from fedsim.results.curves import higher_is_better, variants
 from fedsim.results.plots import what_was_saved
 from fedsim.results.result import Result, StudyResult
 
@@ -96,9 +96,10 @@ def _few(result: Result | StudyResult, runs: list[Result], metric: str) -> tuple
     if len(groups) <= LINES:
         return everything, []
     ends = {name: float(np.median([run.metrics[metric].iloc[-1] for run in own])) for name, own in groups.items()}
-    best = sorted(ends, key=lambda name: (not np.isfinite(ends[name]), ends[name]))[:LINES]
+    sign, word = (-1.0, "highest") if higher_is_better(metric) else (1.0, "lowest")
+    best = sorted(ends, key=lambda name: (not np.isfinite(ends[name]), sign * ends[name]))[:LINES]
     note = (
-        f"Drawn are {LINES} of {len(groups)}: those with the lowest {metric} at the end, judged on these same runs."
+        f"Drawn are {LINES} of {len(groups)}: those with the {word} {metric} at the end, judged on these same runs."
         " That is a view, not a selection on seeds of its own."
     )
     return replace(everything, chosen=tuple(run for name in groups if name in best for run in groups[name])), [note]

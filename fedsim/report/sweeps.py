@@ -13,6 +13,7 @@ import numpy as np
 from fedsim.report.parts import Picture, Table, number, text_of
 from fedsim.report.pictures import MAIN, embedded
 from fedsim.report.runs import state
+from fedsim.results.curves import EDGE, edge_notes, higher_is_better
 from fedsim.results.result import STUDY, Result, StudyResult
 
 if TYPE_CHECKING:
@@ -57,17 +58,12 @@ def choices(study: StudyResult) -> tuple[Table | None, list[str]]:
     counts = {choice["cells"] for choice in picked}
     if len(counts) > 1 or select.get("unequal"):
         lines.append(f"Variants had different numbers of cells. Why: {select.get('unequal') or 'not said'}")
-    lines += [
-        f"† {c['variant']}: the optimum lies at the edge of its grid ({'; '.join(c['edges'])}), so a better one may lie"
-        " beyond."
-        for c in picked
-        if c["edges"]
-    ]
+    lines += edge_notes(study)
     if not picked:
         return None, [*lines, "Nothing has been picked yet: the tuning has not ended."]
     rows = [
         [
-            c["variant"] + (" †" if c["edges"] else ""),
+            c["variant"] + (EDGE if c["edges"] else ""),
             text_of(c["cell"]),
             text_of(float(c["value"])),
             str(c["cells"]),
@@ -100,7 +96,7 @@ class Question:
         return float(values[-1]) if len(values) else math.nan
 
 
-def sensitivity(study: StudyResult, metric: str | None, highest: bool = False, at: Any = "end") -> list[Picture]:
+def sensitivity(study: StudyResult, metric: str | None, highest: bool | None = None, at: Any = "end") -> list[Picture]:
     """Return the metric against each swept number, one line per variant."""
     runs = [run for run in study.runs if run.facts.get("cell") and len(run.metrics)]
     metric = metric or next((m for m in MAIN if any(m in run.metrics for run in runs)), None)
@@ -108,7 +104,8 @@ def sensitivity(study: StudyResult, metric: str | None, highest: bool = False, a
     keys = dict.fromkeys(key for own in swept.values() for key, values in own.items() if _numbers(values))
     if metric is None:
         return []
-    found = [_against(swept, runs, key, Question(metric, highest, at)) for key in list(keys)[:4]]
+    question = Question(metric, higher_is_better(metric) if highest is None else highest, at)
+    found = [_against(swept, runs, key, question) for key in list(keys)[:4]]
     return [picture for picture in found if picture]
 
 
