@@ -208,7 +208,7 @@ def test_the_command_line_runs_resumes_compares_and_plots(tmp_path):
     table = cli("compare", "out", "--to", "distance=1e-1", cwd=tmp_path)
     assert "| a | 1 |" in table.stdout
     drawn = cli("plot", "out", cwd=tmp_path)
-    assert [Path(line).suffix for line in drawn.stdout.split()] == [".png", ".svg"]
+    assert [Path(line).suffix for line in drawn.stdout.split()] == [".png", ".svg", ".pdf"]
     assert all((tmp_path / line).stat().st_size > 1000 for line in drawn.stdout.split())
 
 
