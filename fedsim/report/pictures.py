@@ -63,9 +63,13 @@ def embedded(draw: Callable[[Path], Sequence[Path]], alt: str, caption: str, wid
 
 def curves(result: Result | StudyResult) -> tuple[list[Picture], list[str]]:
     """Return the main metric against every cost that was paid, the other metrics against the first, and notes."""
-    runs = [run for run in result.runs if run.status != "failed" and len(run.metrics) > 1]
+    runs = [run for run in result.runs if len(run.metrics) > 1]
     gone = len(result.runs) - len(runs)
-    notes = [f"Not drawn: {gone} of {len(result.runs)} runs, which failed or have not been observed."] if gone else []
+    notes = (
+        [f"Not drawn: {gone} of {len(result.runs)} runs, which ended, or are, before their second observation."]
+        if gone
+        else []
+    )
     if not runs:
         return [], [*notes, "There is nothing to draw yet."]
     columns = [c for c in runs[0].metrics if all(c in run.metrics for run in runs)]
@@ -116,6 +120,7 @@ def _curve(shown: Drawn, metric: str, cost: str) -> Picture | None:
 
 
 def _end(runs: list[Result], metric: str) -> str:
+    """Return the median over runs of the last value; infinite where they diverged."""
     return number(float(np.median([float(run.metrics[metric].iloc[-1]) for run in runs])))
 
 
