@@ -110,6 +110,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         or (scenario.start.get("kind") == "problem" and problem.common_start),
         rounds=int(scenario.schedule["horizon"]) if sync else 0,
         privacy=_privacy(scenario, algorithm),
+        base=scenario.base,
     )
     layout = Layout(topology, transport=_transport(scenario))
     return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)

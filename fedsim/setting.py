@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,7 @@ class RunSetting:
         mixing: the mixing matrix over node numbers; None where nothing mixes.
         common_start: True when all nodes start from the same point.
         rounds: of the schedule; 0 for events. privacy: what the scenario promises.
+        base: folder that a user's own files are looked up from.
     """
 
     problem: Problem
@@ -40,6 +42,7 @@ class RunSetting:
     common_start: bool = True
     rounds: int = 0
     privacy: Privacy | None = None
+    base: Path = Path()
 
     @property
     def unit_weight(self) -> float:

@@ -103,8 +103,8 @@ def trained(digits, algorithm, sparse, seed):
 def test_training_agrees_with_the_published_code(digits, name):
     """Five seeds of our own lie around its one run: accuracy, distance between nodes, loss of the average.
 
-    Its losses are 8 to 14 per cent above ours for every method alike, all-reduce included, where nothing but data,
-    start and batches can differ; so the loss is held to 20 per cent.
+    Its losses are 7 to 19 per cent above the medians of ours, all-reduce's, where nothing but data, start and batches
+    can differ, 13 and 15 per cent; ours are 7 to 16 per cent below, and are held to 20.
     """
     algorithm, sparse, accuracy, consensus, loss = RUNS[name]
     found = np.array([digits.measures(trained(digits, algorithm, sparse, seed)) for seed in SEEDS])
@@ -114,7 +114,7 @@ def test_training_agrees_with_the_published_code(digits, name):
         assert found[:, 1].min() / 1.5 <= consensus <= 1.5 * found[:, 1].max()
     else:
         assert found[:, 1].max() < 1e-20
-    assert np.median(found[:, 2]) == pytest.approx(loss, rel=0.2)
+    assert 0.8 * loss <= np.median(found[:, 2]) <= loss
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,7 @@ def test_accuracy_is_of_the_average_and_of_every_node(tmp_path):
     result = fedsim.run(scenario, problem=problem, folder=tmp_path / "out")
     last, x = result.metrics.iloc[-1], final_models(scenario, problem)
     held_out = problem.data.held_out
+    assert held_out is not None
 
     def measured(row):
         z = held_out.features @ row[:192].reshape(3, 64).T + row[192:]

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from fedsim.algorithms.dynamics import Dynamics
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from fedsim.privacy.clipping import Clip
@@ -115,6 +117,11 @@ class Setting(Protocol):
     @property
     def unit_weight(self) -> float:
         """Largest weight of one record (or, with `unit: user`, one worker) in the objective."""
+        ...
+
+    @property
+    def base(self) -> Path:
+        """Folder that a user's own files are looked up from."""
         ...
 
     def require(self, who: str, *names: str) -> None:

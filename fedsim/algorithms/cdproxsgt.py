@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -42,20 +43,25 @@ class Compressed(SyncAlgorithm):
     _sizes: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a compressor that cannot be built before anything runs."""
-        self._compressors()
-
-    def _compressors(self) -> dict[str, Any]:
+        """Refuse a compressor that cannot be built before anything runs; one's own file needs its folder first."""
         from fedsim.compression.compressors import build
 
-        x = build(self.compress, "compress")
+        for where in ("compress", "compress_y"):
+            spec = getattr(self, where, None)
+            if spec is not None and ".py:" not in str(spec.get("kind") if isinstance(spec, Mapping) else spec):
+                build(spec, where)
+
+    def _compressors(self, base: Path) -> dict[str, Any]:
+        from fedsim.compression.compressors import build
+
+        x = build(self.compress, "compress", base)
         other = getattr(self, "compress_y", None)
-        return {"_x": x, "_y": x if other is None else build(other, "compress_y")}
+        return {"_x": x, "_y": x if other is None else build(other, "compress_y", base)}
 
     def resolve(self, setting: Setting) -> Any:
         """Build the compressors for the model's tensors; refuse what has no mixing matrix, warn of bold gossip."""
         setting.require(self.kind, "edges", "mixing")
-        made, sizes = self._compressors(), tuple(setting.tensor_sizes)
+        made, sizes = self._compressors(setting.base), tuple(setting.tensor_sizes)
         gamma = max(getattr(self, name, 0.0) for name in ("gamma", "gamma_x", "gamma_y"))
         delta = min(made[name].quality(sizes).delta or 1.0 for name in ("_x", "_y"))
         if gamma > BOLD and delta < COARSE:
