@@ -414,3 +414,45 @@ def test_the_pre_mix_variant_sends_both_at_once():
     """Variant B has half the exchanges and messages of A, and the same bytes."""
     a, b = (played(DProxSGT(eta=0.1, tracker=how), 10).counts for how in ("mixed", "pre_mix"))
     assert (a.exchanges, a.messages, a.bytes) == (2 * b.exchanges, 2 * b.messages, b.bytes)
+
+
+def test_large_batches_are_the_same_method():
+    """What the paper's figures call ProxGT-SA is DProxSGT at another batch size: equal batches, equal bits."""
+    one, other = (x_after(a, 20) for a in (DProxSGT(eta=0.1, batch=HALF), ProxGTSA(eta=0.1, batch=HALF, gossip=1)))
+    assert np.array_equal(one, other)
+
+
+HALF = Sampling(3)
+
+
+def test_nodes_count_alike_however_many_records_they_have(tmp_path):
+    """Sizes from 2 to 30 with minibatches of an epoch: no node waits, and the objective is `(1/n) sum f_i`."""
+    sizes = [2, 3, 7, 30, 11]
+    rng = np.random.default_rng(0)
+    A, owner = rng.normal(size=(sum(sizes), 3)), np.repeat(np.arange(5), sizes)
+    b = A @ np.array([1.0, -2.0, 0.5]) + owner
+    table = zip(np.column_stack([A, b]).tolist(), owner, strict=True)
+    lines = [",".join([*map(repr, row), f"lab {o}"]) for row, o in table]
+    (tmp_path / "table.csv").write_text("\n".join(["u,v,w,y,owner", *lines]))
+    scenario = {
+        "topology": {"kind": "ring", "n": 5},
+        "problem": {
+            "kind": "ridge",
+            "l2": 0.1,
+            "data": {"kind": "csv", "file": str(tmp_path / "table.csv"), "label": "y", "drop": ["owner"]},
+            "partition": {"kind": "column", "column": "owner"},
+        },
+        "algorithm": {"kind": "dproxsgt", "eta": 0.1},
+        "schedule": {"horizon": 800},
+        "record": {"every": 800, "metrics": ["distance", "loss"]},
+    }
+    H = sum(2 * A[owner == i].T @ A[owner == i] / m for i, m in enumerate(sizes)) / 5 + 0.1 * np.eye(3)
+    x = np.linalg.solve(H, sum(2 * A[owner == i].T @ b[owner == i] / m for i, m in enumerate(sizes)) / 5)
+    loss = sum(((A[owner == i] @ x - b[owner == i]) ** 2).mean() for i in range(5)) / 5 + 0.05 * x @ x
+    last = fedsim.run(scenario, folder=tmp_path / "exact").metrics.iloc[-1]
+    assert last["distance"] < 1e-12
+    assert last["loss"] == pytest.approx(loss, rel=1e-9)
+    scenario["algorithm"]["batch"] = {"size": 2, "kind": "epoch"}
+    noisy = fedsim.run(scenario, folder=tmp_path / "epochs")
+    assert noisy.status == "finished"
+    assert noisy.metrics["gradients"].iloc[-1] == 5 * 800

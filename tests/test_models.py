@@ -202,3 +202,27 @@ def test_accuracy_is_of_the_average_and_of_every_node(tmp_path):
     assert [last["test_loss"], last["test_accuracy"]] == pytest.approx(measured(x.mean(axis=0)))
     assert [last["node_test_loss"], last["node_test_accuracy"]] == pytest.approx(each.mean(axis=0))
     assert [last[f"node_test_accuracy.{node}"] for node in range(N)] == pytest.approx(each[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "per_node"),
+    [
+        ({"kind": "dproxsgt"}, 710_816),
+        ({"kind": "cdproxsgt", "compress": {"kind": "top_k", "ratio": 0.3, "scope": "tensor"}}, 235_432),
+        ({"kind": "choco_sgd", "compress": {"kind": "top_k", "ratio": 0.3, "scope": "tensor"}}, 117_716),
+    ],
+)
+def test_the_bytes_of_lenet5_are_those_of_the_codec(tmp_path, algorithm, per_node):
+    """A ring's node sends 2 neighbours 2 messages of 44,426 float32; the largest 30 % of each tensor, by bitmap."""
+    rng = np.random.default_rng(0)
+    data = Data(rng.normal(size=(10, 784)), np.arange(10), {}, "noise", "multiclass", tuple("0123456789"))
+    made = seeded(lambda: LeNet5(784, 10))
+    problem = ModuleProblem(made, data, list(np.arange(10).reshape(N, 2)), "cross_entropy", dtype="float32")
+    scenario = {
+        "topology": {"kind": "ring", "n": N},
+        "algorithm": {**algorithm, "eta": 0.05, "batch": {"size": 1}},
+        "start": {"kind": "problem"},
+        "schedule": {"horizon": 2},
+    }
+    result = fedsim.run(scenario, problem=problem, folder=tmp_path / "out")
+    assert result.metrics["bytes"].iloc[-1] == 2 * N * per_node
