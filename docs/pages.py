@@ -46,7 +46,7 @@ def default(f: Any) -> str:
 def scenarios(kind: str) -> list[str]:
     """Return the shipped scenarios that play this algorithm."""
     found = []
-    for file in sorted((ROOT / "scenarios").glob("*.yaml")):
+    for file in sorted((ROOT / "scenarios").rglob("*.yaml")):
         content = yaml.safe_load(file.read_text())
         changes = (v or {} for v in (content.get("variants") or {}).values())
         kinds = {content["algorithm"]["kind"]} | {
@@ -54,7 +54,7 @@ def scenarios(kind: str) -> list[str]:
         }
         if kind in kinds:
             claim = " ".join(content["claim"].split())
-            found.append(f"- [{file.stem}](../../scenarios/{file.name}): {claim}")
+            found.append(f"- [{file.stem}](../../{file.relative_to(ROOT)}): {claim}")
     return found or ["None yet."]
 
 

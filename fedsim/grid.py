@@ -41,6 +41,15 @@ def label(variant: str | None, cell: Cell, axes: Axes) -> str | None:
     )
 
 
+def _told_apart(value: Any, among: tuple[Any, ...]) -> str:
+    """Return a value in as few digits as tell it from the others of its axis."""
+    for digits in (4, 8, 12):
+        texts = [f"{v:.{digits}g}" if isinstance(v, float) else written(v) for v in among]
+        if len(set(texts)) == len(among):
+            return texts[among.index(value)]
+    return repr(value)
+
+
 def written(value: Any) -> str:
     """Return a value as a person writes it."""
     if isinstance(value, float):

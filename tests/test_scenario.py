@@ -12,7 +12,7 @@ from fedsim.errors import InputError
 from fedsim.reading import read_value, read_yaml
 from fedsim.scenario import load_study, override
 
-SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").rglob("*.yaml"))
 
 GOOD = """
 name: good

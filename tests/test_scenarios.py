@@ -8,7 +8,7 @@ import pytest
 
 import fedsim
 
-SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda f: f.stem)
