@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim import registry
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
@@ -106,8 +107,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         None if rates is None else rates.rates,
         None if rates is None else rates.chi,
         mixing,
-        common_start=scenario.start.get("kind", "zeros") in ("zeros", "given", "common_normal")
-        or (scenario.start.get("kind") == "problem" and problem.common_start),
+        common_start=_starts_together(scenario, problem),
         rounds=int(scenario.schedule["horizon"]) if sync else 0,
         privacy=_privacy(scenario, algorithm),
         base=scenario.base,
@@ -147,13 +147,26 @@ def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Te
     return _given_start(scenario, problem, layout).to(dtype)
 
 
-def _given_start(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
-    import torch
+def _starts_together(scenario: Scenario, problem: Problem) -> bool:
+    """Return whether all nodes start from one point."""
+    kind = scenario.start.get("kind", "zeros")
+    if kind == "given":
+        array = _given(scenario)
+        return array.ndim < 2 or bool((array == array[:1]).all())
+    return kind in ("zeros", "common_normal") or (kind == "problem" and problem.common_start)
 
+
+def _given(scenario: Scenario) -> NDArray[np.float64]:
     value = scenario.start["value"]
     if isinstance(value, str):
         value = np.load(scenario.base / value, allow_pickle=False)
-    array = np.asarray(value, dtype=np.float64)
+    return np.asarray(value, dtype=np.float64)
+
+
+def _given_start(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
+    import torch
+
+    array = _given(scenario)
     if array.shape == (problem.dim,):
         return torch.from_numpy(np.repeat(array[None], layout.rows, axis=0))
     if array.shape == (layout.n, problem.dim):

@@ -19,6 +19,7 @@ from fedsim.privacy.requests import Charge, Release, Spend
 from fedsim.problems.dense import DenseRecords, Layer, cross_entropy_slope
 from fedsim.problems.problem import Problem
 from fedsim.problems.shared_curvature import SharedCurvature
+from fedsim.results.folder import as_json, from_json
 
 GD = {"kind": "diff2_gd", "eta": 0.25, "restart_period": 5}
 CLIPPED = {**GD, "clip_grad": 0.5, "clip_diff": 0.3}
@@ -437,6 +438,63 @@ def test_a_ledger_that_is_gone_or_of_another_promise_stops_a_resume(tmp_path, mo
     file.unlink()
     with pytest.raises(RunError, match="0 releases are there, the checkpoint has counted"):
         fedsim.resume(tmp_path / "out")
+
+
+def test_a_release_is_on_disk_before_its_noise_is_drawn(tmp_path, monkeypatch):
+    """Every line has left the process; with secure noise, one call per round forces it to disk."""
+    from fedsim.privacy import ledger
+    from fedsim.privacy.noise import Noise
+
+    forced, drawn = [], []
+    monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: forced.append(descriptor))
+    kept = Noise.common_normal
+
+    def noise(self, name, step, dim):
+        _, entries = read((tmp_path / where / FILE).read_text())
+        drawn.append((len(entries), len(forced)))
+        return kept(self, name, step, dim)
+
+    monkeypatch.setattr(Noise, "common_normal", noise)
+    for where, secure in (("plain", False), ("secure", True)):
+        forced.clear()
+        drawn.clear()
+        run(tmp_path, where, privacy={"secure_noise": secure}, rounds=6)
+        releases = list(range(1, 7))
+        assert [entries for entries, _ in drawn] == releases
+        assert len(drawn) == 6
+        assert [calls - drawn[0][1] for _, calls in drawn] == ([0, 1, 2, 3, 4, 5] if secure else [0] * 6)
+
+
+def test_infinite_epsilons_are_json_that_any_program_reads(tmp_path):
+    """`run.json` and what `--json` prints hold the word inf, not a bare Infinity, and are read back as numbers."""
+
+    def strict(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    result = run(tmp_path, "out", rounds=2)
+    plain = json.loads((result.folder / "run.json").read_text(), parse_constant=strict)
+    assert plain["privacy"]["epsilon_server"] == "inf"
+    assert result.facts["privacy"]["epsilon_server"] == math.inf
+    assert result.facts["privacy"]["epsilon_by_worker"]["server"] == [math.inf] * 5
+    summary = result.summary()
+    printed = json.loads(as_json(summary), parse_constant=strict)
+    assert (printed["last"]["epsilon_server"], summary["last"]["epsilon_server"]) == ("inf", math.inf)
+    odd = {"name": "inf", "x": [math.nan, -math.inf, 1.5, 2, None, True], "y": {"z": np.float64(math.inf)}}
+    back = from_json(as_json(odd))
+    assert repr(back) == repr({**odd, "y": {"z": math.inf}})
+
+
+def test_starts_that_differ_are_averaged_by_the_server(tmp_path):
+    """`start: given` with a row of its own for every worker is no common start: the server begins at their mean."""
+    rows = np.arange(150.0).reshape(5, 30) / 100
+    for value, expected in ((rows, rows.mean(axis=0)), (np.tile(rows[2], (5, 1)), rows[2])):
+        np.save(tmp_path / "x.npy", value)
+        start = {"kind": "given", "value": str(tmp_path / "x.npy")}
+        p = prepared(CLIPPED, privacy={"epsilon": 1.0}, start=start)
+        assert p.setting.common_start == (value is not rows)
+        first = p.player()
+        first.start()
+        assert first.outputs().numpy() == pytest.approx(np.tile(expected, (5, 1)))
 
 
 def test_secure_noise_is_not_reproducible_and_says_so(tmp_path):

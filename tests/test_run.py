@@ -32,8 +32,6 @@ BATCHES = EVENTS | {
     "problem": {"kind": "logistic", "data": {"kind": "breast_cancer", "normalise": "columns"}, "l2": 0.1},
     "algorithm": {"kind": "a2cid2", "step": 0.05, "momentum": 0.5, "batch": {"size": 4, "kind": "epoch"}},
 }
-
-
 @pytest.mark.parametrize("scenario", [EVENTS, ROUNDS, BATCHES], ids=lambda s: s["name"])
 def test_the_same_scenario_gives_the_same_digest_and_another_seed_another(tmp_path, scenario):
     """A run is a function of its scenario: equal digests for equal seeds, and only then."""
@@ -164,6 +162,23 @@ def test_combinations_that_mean_nothing_are_refused_by_name(tmp_path, change, me
     """Each refusal says what is missing for what."""
     with pytest.raises(InputError, match=message):
         fedsim.run(EVENTS | change, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"kind": "dadao", "init": "theorem4"}, "theorem4 needs a common start"),
+        ({"kind": "cdproxsgt", "eta": 0.1, "copies": "x0"}, "copies: x0 needs a common start"),
+    ],
+)
+def test_rows_that_start_apart_are_no_common_start(tmp_path, algorithm, message):
+    """A given start with a row of its own for every node is refused where one for all is needed; equal rows are one."""
+    content = EVENTS | {"algorithm": algorithm, "start": {"kind": "given", "value": str(tmp_path / "x.npy")}}
+    np.save(tmp_path / "x.npy", np.tile([1.0, 2.0, 3.0], (6, 1)))
+    assert fedsim.run(content, folder=tmp_path / "together").status == "finished"
+    np.save(tmp_path / "x.npy", np.arange(18.0).reshape(6, 3))
+    with pytest.raises(InputError, match=message):
+        fedsim.run(content, folder=tmp_path / "apart")
 
 
 def test_global_randomness_is_neither_used_nor_moved(tmp_path):

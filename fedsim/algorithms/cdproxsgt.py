@@ -15,6 +15,7 @@ from fedsim.algorithms.algorithm import Constant, Draws, Oracle, Provenance, Sam
 from fedsim.algorithms.dproxsgt import nonzeros, step_constants
 from fedsim.algorithms.requests import Mix, Rows
 from fedsim.algorithms.steps import Decay, clipped
+from fedsim.errors import InputError
 
 if TYPE_CHECKING:
     from fedsim.compression.compressors import Compressor
@@ -138,6 +139,12 @@ class CDProxSGT(Compressed):
     gamma_x: Share = 0.5
     gamma_y: Share = 0.5
     copies: Annotated[str, Field(pattern="^(zero|x0)$")] = "zero"
+
+    def resolve(self, setting: Setting) -> Any:
+        """Refuse copies of starts that others do not know; else as the others."""
+        if self.copies == "x0" and not setting.common_start:
+            raise InputError("algorithm.copies: x0 needs a common start (start: zeros, say); use copies: zero")
+        return super().resolve(setting)
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> CDProxSGTState:
         """Start at x0; what is not known to all starts at 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ class Ledger:
         new = list(entries)
         if self._sink is not None and new:
             self._sink.writelines(json.dumps(vars(entry)) + "\n" for entry in new)
-            self._sink.flush()
+            self._pass_on(durable=self._fresh)
         for entry in new:
             self._add(entry)
 
@@ -196,7 +197,18 @@ class Ledger:
             return
         self._sink = file.open("w")
         self._sink.write(json.dumps(header) + "\n")
+        self._pass_on(durable=True)
+
+    def _pass_on(self, durable: bool) -> None:
+        """Give the lines to the system, so that they outlive this process; `durable`: a loss of power, too.
+
+        That takes up to milliseconds a round. Noise drawn anew needs it: its release happens once. Reproducible noise
+        does not: after a loss, whoever plays the round again makes the same release.
+        """
+        assert self._sink is not None
         self._sink.flush()
+        if durable:
+            os.fsync(self._sink.fileno())
 
     def merge(self, text: str, least: int = 0) -> None:
         """Add what an earlier part of this run released; `text` is the file's.
@@ -219,6 +231,7 @@ class Ledger:
     def close(self) -> None:
         """Let go of the file."""
         if self._sink is not None:
+            self._pass_on(durable=True)
             self._sink.close()
             self._sink = None
 

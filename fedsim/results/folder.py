@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ RUN = "run.json"
 SCENARIO = "scenario.yaml"
 CHECKPOINT = "checkpoint"
 MANIFEST = "manifest.json"
+WORDS = ("inf", "-inf", "nan")
+NAMES = ("name", "variant", "folder", "claim")
 
 
 class RunFolder:
@@ -32,7 +35,7 @@ class RunFolder:
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Write `run.json`: status, versions, machine, seed, digest, constants, totals."""
-        write_whole(self.path / RUN, json.dumps(facts, indent=2, allow_nan=True) + "\n")
+        write_whole(self.path / RUN, as_json(facts) + "\n")
 
     def read_run(self) -> dict[str, Any]:
         """Return what `run.json` says.
@@ -43,7 +46,7 @@ class RunFolder:
         file = self.path / RUN
         if not file.exists():
             raise InputError(f"{self.path}: no {RUN} here; give the folder of a run")
-        return json.loads(file.read_text())
+        return from_json(file.read_text())
 
     def save_checkpoint(self, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
         """Write a new checkpoint; the manifest, renamed last, is what makes it the one that counts."""
@@ -80,6 +83,30 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for name in (CHECKPOINT, "plots"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def as_json(facts: Any) -> str:
+    """Return JSON that any program reads: it has no infinite numbers, so they are the words inf, -inf and nan."""
+    return json.dumps(_in_words(facts), indent=2, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """Return what `as_json` wrote; names stay words."""
+    return json.loads(text, object_hook=lambda found: {k: _as_number(k, v) for k, v in found.items()})
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_words(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_words(inner) for inner in value]
+    return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_number(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_number(key, inner) for inner in value]
+    return float(value) if isinstance(value, str) and value in WORDS and key not in NAMES else value
 
 
 def write_whole(path: Path, text: str) -> None:

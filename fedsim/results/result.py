@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import InputError
-from fedsim.results.folder import RUN, SCENARIO, RunFolder
+from fedsim.results.folder import RUN, SCENARIO, RunFolder, from_json
 from fedsim.results.recorder import read_metrics
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class StudyResult:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What `study.json` says."""
-        return json.loads((self.folder / STUDY).read_text())
+        return from_json((self.folder / STUDY).read_text())
 
     @cached_property
     def runs(self) -> list[Result]:
