@@ -32,6 +32,8 @@ BATCHES = EVENTS | {
     "problem": {"kind": "logistic", "data": {"kind": "breast_cancer", "normalise": "columns"}, "l2": 0.1},
     "algorithm": {"kind": "a2cid2", "step": 0.05, "momentum": 0.5, "batch": {"size": 4, "kind": "epoch"}},
 }
+
+
 @pytest.mark.parametrize("scenario", [EVENTS, ROUNDS, BATCHES], ids=lambda s: s["name"])
 def test_the_same_scenario_gives_the_same_digest_and_another_seed_another(tmp_path, scenario):
     """A run is a function of its scenario: equal digests for equal seeds, and only then."""
