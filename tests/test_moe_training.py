@@ -1,6 +1,7 @@
 """Expert-parallel training against a dense model in one place: gradients, loads, biases, accumulation, resume."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from fedsim.algorithms.moe_training import MoETraining
 from fedsim.engine.layout import Layout
 from fedsim.engine.rounds import Rounds
 from fedsim.errors import InputError
-from fedsim.moe import model
+from fedsim.moe import losses, model
 from fedsim.moe.rules import Balancing, updated
 from fedsim.problems.build import build
 from fedsim.setting import RunSetting
@@ -162,6 +163,86 @@ def test_auxiliary_and_z_losses_reach_the_router(scope):
             y = model.combined(y, gating.gates, order, back)
     (total / problem.n).backward()
     assert float((g - x.grad).abs().max()) < 1e-10
+
+
+def by_hand(name, scores, router):
+    """Return one of the router's losses of a host, written out: scores `[sequences, S, E]`, top 2."""
+    if name == "simbal_coeff":
+        return sum(
+            (router[:, a] @ router[:, b] - float(a == b)).abs()
+            for a in range(len(router[0]))
+            for b in range(len(router[0]))
+        )
+    if name == "importance_loss_coeff":
+        sums = scores.sum(dim=(0, 1))
+        return ((sums - sums.mean()) ** 2).mean() / sums.mean() ** 2
+    total = torch.zeros((), dtype=torch.float64)
+    for one in scores:
+        best = one.detach().argsort(dim=1, descending=True, stable=True)[:, :2]
+        for k in range(scores.shape[2]):
+            f = scores.shape[2] / (2 * len(one)) * float((best == k).sum())
+            total = total + f * (one[:, k] / one.sum(dim=1)).mean()
+    return total / len(scores)
+
+
+@pytest.mark.parametrize("name", ["sequence", "importance_loss_coeff", "simbal_coeff"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_losses_of_a_hosts_own_tokens_reach_the_router(name, accumulation):
+    """Sequence-wise balance, importance and SimBal: the gradient is that of the formulas, per micro-batch and layer."""
+    problem = made()
+    how = {"aux_loss_coeff": 0.3, "aux_loss_scope": "sequence"} if name == "sequence" else {name: 0.3}
+    algorithm = replace(PLAIN, sequences=3 // accumulation, accumulation=accumulation, **how)
+    g, _, play = gradients(problem, algorithm)
+    x, shape = problem.initial.clone().requires_grad_(), problem.shape
+    common, experts = problem.taken_apart(x)
+    bias, total = np.zeros((shape.layers, 8)), 0.0
+    for text in texts(play, problem, algorithm):
+        total = total + model.dense_loss(shape, common, experts, bias, text)[0]
+        for micro in text.split(algorithm.sequences):
+            y, _ = model.before_experts(shape, common, 0, model.embed(common, micro[:, :-1]))
+            for layer in range(shape.layers):
+                y, h = model.before_experts(shape, common, layer + 1, y)
+                gating, router = model.gate(shape, common, layer + 1, h, bias[layer], ""), common[f"{layer + 1}.router"]
+                scores = model.scores_of(h @ router, "sigmoid").view(len(micro), -1, 8)
+                total = total + 0.3 / accumulation * by_hand(name, scores, router)
+                order = torch.argsort(gating.experts.reshape(-1), stable=True)
+                parts = h[order // 2].split(gating.loads.tolist())
+                back = torch.cat([model.feed_forward(w, p) for w, p in zip(experts[layer], parts, strict=True)])
+                y = model.combined(y, gating.gates, order, back)
+    (total / problem.n).backward()
+    assert float((g - x.grad).abs().max()) < 1e-10
+    again, _, _ = gradients(problem, algorithm, block=1)
+    assert torch.equal(g, again)
+
+
+def test_the_losses_of_balanced_routers_are_least():
+    """Equal scores: the sequence loss is 1, the importance loss 0; orthonormal routers have no SimBal loss."""
+    equal, shape = torch.full((12, 8), 0.5, dtype=torch.float64), made().shape
+    assert float(losses.importance_loss(equal)) == pytest.approx(0, abs=1e-15)
+    rotated = torch.stack([torch.roll(torch.arange(8.0, dtype=torch.float64) + 1, i) for i in range(8)])
+    assert float(losses.sequence_loss(shape, rotated, 1)) == pytest.approx(1)
+    assert float(losses.sequence_loss(shape, rotated, 8)) == pytest.approx(8 / 2 * (7 + 8) / 36)
+    assert float(losses.similarity_loss(torch.eye(12, 8, dtype=torch.float64))) == 0
+
+
+def test_the_step_rises_stays_or_falls_by_a_cosine():
+    """Warm-up for 10 steps, then from 1e-2 to 1e-3 at the last of 110; without an end it stays."""
+    problem = made()
+    setting = RunSetting(problem, Topology.server(4), rounds=110)
+    keys = {"learning_rate": 1e-2, "warmup": 10}
+    falls = MoETraining(learning_rate_end=1e-3, **keys).resolve(setting)
+    rates = [falls.rate_of_learning(k) for k in range(110)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9] == pytest.approx(1e-2)
+    assert rates[59] == pytest.approx(5.5e-3)
+    assert rates[109] == pytest.approx(1e-3)
+    assert all(a > b for a, b in pairwise(rates[9:]))
+    stays = MoETraining(**keys).resolve(setting)
+    assert {stays.rate_of_learning(k) for k in range(9, 110)} == {1e-2}
+    with pytest.raises(InputError, match="must not be above learning_rate"):
+        MoETraining(learning_rate_end=0.1).resolve(setting)
+    with pytest.raises(InputError, match=r"must outlast warmup \(200\)"):
+        MoETraining(learning_rate_end=0.0, warmup=200).resolve(setting)
 
 
 def test_micro_batches_add_up_to_one_batch():

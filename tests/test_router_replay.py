@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import fedsim
+from fedsim.check import check
 from fedsim.errors import InputError
 from fedsim.moe.selection import select
 
@@ -93,6 +94,7 @@ def test_every_rule_plays_and_balances(tmp_path):
         "qb": {},
         "bip": {},
         "sinkhorn": {"rule_rounds": 50},
+        "expert_choice": {},
         "force_balanced": {},
     }.items():
         frame = play(tmp_path / rule, 60, {"bias_rule": rule, **more})
@@ -186,8 +188,6 @@ def test_group_limits_report_score_and_load_apart(tmp_path):
 
 def test_check_prints_floor_curvature_and_growth(tmp_path):
     """`check` says the target load, the sampling floor, the stable rate and how the regret should grow."""
-    from fedsim.check import check
-
     scenario = {
         "topology": {"kind": "server", "n": 2},
         "problem": {**SCORES, "fresh": True},
@@ -205,6 +205,29 @@ def test_check_prints_floor_curvature_and_growth(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("score_func", "rule", "warned"),
+    [("softmax", "sign", True), ("softmax", "prop", False), ("sigmoid", "sign", False)],
+)
+def test_sign_steps_on_softmax_scores_are_warned_of(score_func, rule, warned):
+    """The combination that training systems refuse is noted by `check`, and no other."""
+    scenario = {
+        "topology": {"kind": "server", "n": 2},
+        "problem": {**SCORES, "score_func": score_func},
+        "algorithm": {"kind": "router_replay", "bias_rule": rule},
+        "schedule": {"horizon": 5},
+    }
+    (found,) = check(scenario)
+    assert any("sign with softmax scores" in note for note in found["warnings"]) == warned
+
+
+def test_expert_choice_on_one_host_has_the_table_s_score(tmp_path):
+    """The reference instance in one place: loads all 128, score over optimum 1.0373."""
+    last = play(tmp_path / "a", 2, {"bias_rule": "expert_choice"}, hosts=1).iloc[-1]
+    assert last["maxvio"] == 0
+    assert last["score_ratio"] == pytest.approx(1.0373, abs=5e-5)
+
+
+@pytest.mark.parametrize(
     ("problem", "rule", "words"),
     [
         ({"kind": "quadratic"}, {}, "router_replay plays problem 'router_scores', not 'quadratic'"),
@@ -212,6 +235,7 @@ def test_check_prints_floor_curvature_and_growth(tmp_path):
         ({**SCORES, "tokens": 3}, {}, "tokens: 3 given for 4 hosts"),
         ({**SCORES, "file": "none.npy"}, {}, "no such file; .npy, .npz or .parquet of router scores"),
         (SCORES, {"bias_rule": "signs"}, "signs"),
+        (SCORES, {"bias_rule": "expert_choice", "capacity_factor": 1.0}, "leave capacity_factor and group limits out"),
         (SCORES, {"bias_rule": "mult", "regret": True}, "the regret needs selection by score plus biases"),
         (SCORES, {"regret": True, "comparator": [[0.0, 0.0]]}, r"comparator: \(1, 2\) given, \(1, 8\) needed"),
     ],

@@ -18,6 +18,7 @@ from fedsim.algorithms.requests import Mean, Route, Rows, Shared, Sum
 from fedsim.errors import InputError
 from fedsim.moe import model, rules, theory
 from fedsim.moe.host import Host
+from fedsim.moe.losses import Losses
 from fedsim.moe.rules import Balancing
 from fedsim.moe.training_view import TrainingView
 from fedsim.problems.byte_language import ByteLanguage
@@ -70,9 +71,13 @@ class MoETraining(Balancing, SyncAlgorithm):
     Attributes:
         sequences: per host and micro-batch. accumulation: micro-batches per step.
         learning_rate, warmup, beta1, beta2, epsilon, weight_decay: of AdamW; the rate rises for `warmup` steps.
+        learning_rate_end: the rate falls to it by a cosine until the schedule's last step; default: it stays.
         clip: largest norm of the whole gradient.
         aux_loss_coeff, aux_loss_scope: alpha E sum f_k P_k with f of the host's micro-batch, or of all hosts'
-            (global_batch); selections are those made, bias included. z_loss_coeff: mean squared logsumexp.
+            (global_batch); selections are those made, bias included. Of every sequence by itself (sequence), f counts
+            unbiased selections, as DeepSeek-V3 has it beside the bias.
+        z_loss_coeff: mean squared logsumexp. importance_loss_coeff: squared coefficient of variation of the experts'
+            sums of scores in a micro-batch. simbal_coeff: sum of |R'R - I| over the router's weights R.
         capacity_factor, drop_policy: an expert takes ceil(cf K T / E) slots of each host's T tokens; None: all.
         latency, seconds_per_byte, seconds_per_flop: of the step-time model.
 
@@ -89,6 +94,7 @@ class MoETraining(Balancing, SyncAlgorithm):
     sequences: Count = 8
     accumulation: Count = 1
     learning_rate: Positive = 2e-3
+    learning_rate_end: Weight | None = None
     warmup: Annotated[int, Field(ge=0)] = 20
     beta1: Moment = 0.9
     beta2: Moment = 0.95
@@ -96,14 +102,17 @@ class MoETraining(Balancing, SyncAlgorithm):
     weight_decay: Weight = 0.1
     clip: Positive | None = 1.0
     aux_loss_coeff: Weight = 0.0
-    aux_loss_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
     z_loss_coeff: Weight = 0.0
+    importance_loss_coeff: Weight = 0.0
+    simbal_coeff: Weight = 0.0
     capacity_factor: Positive | None = None
     drop_policy: Literal["probs", "position"] = "probs"
     latency: Weight = 1e-5
     seconds_per_byte: Weight = 1e-9
     seconds_per_flop: Weight = 1e-10
     _problem: Any = field(default=None, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
 
     def resolve(self, setting: Setting) -> MoETraining:
         """Refuse other problems, and rules that need the whole batch in one place."""
@@ -116,7 +125,18 @@ class MoETraining(Balancing, SyncAlgorithm):
                 " an auxiliary loss is aux_loss_coeff with bias_rule none; router_replay plays the others"
             )
         rules.refuse_senseless(self, problem.p.score_func)
-        return self.derived(_problem=problem)
+        end = self.learning_rate_end
+        if end is not None and (end > self.learning_rate or setting.rounds <= self.warmup):
+            raise InputError(
+                f"algorithm.learning_rate_end: {end:g} given; it must not be above learning_rate"
+                f" ({self.learning_rate:g}), and the schedule ({setting.rounds} steps) must outlast warmup"
+                f" ({self.warmup})"
+            )
+        return self.derived(_problem=problem, _steps=setting.rounds)
+
+    def notes(self, setting: Setting) -> tuple[str, ...]:
+        """Return what is known to go wrong with these keys."""
+        return rules.notes(self, self._problem.p.score_func)
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
         """Return the target load, the sampling floor, and what an all-to-all carries when balanced."""
@@ -231,7 +251,7 @@ class MoETraining(Balancing, SyncAlgorithm):
             made = [host.back_experts(layer, part) for host, part in zip(hosts, _parts(arrived), strict=True)]
             home = await Route(torch.cat(made), *back)
             for row, (host, part) in enumerate(zip(hosts, _parts(home), strict=True)):
-                host.back(layer, part, pull[row, layer], self.z_loss_coeff * share)
+                host.back(layer, part, pull[row, layer], self._losses, share)
         return losses
 
     async def _forward(self, hosts: list[Host], layer: int, f: Oracle) -> tuple[Any, Any]:
@@ -257,13 +277,27 @@ class MoETraining(Balancing, SyncAlgorithm):
     async def _aux_gradients(self, hosts: list[Host]) -> torch.Tensor:
         """Return the gradient `alpha E f_k` of the auxiliary loss by the mean scores `[rows, layers, E]`."""
         loads = torch.from_numpy(np.stack([host.micro_loads for host in hosts])).double()
-        if not self.aux_loss_coeff:
+        if not self.aux_loss_coeff or self.aux_loss_scope == "sequence":
             return torch.zeros_like(loads)
         if self.aux_loss_scope == "global_batch":
             own = torch.from_numpy(np.stack([host.micro_loads for host in hosts]))
             loads = (await Sum(own.flatten(1))).reshape(1, *own.shape[1:]).double().expand_as(loads)
         share = loads / loads.sum(dim=-1, keepdim=True)
         return self.aux_loss_coeff / self.accumulation * loads.shape[-1] * share
+
+    @property
+    def _losses(self) -> Losses:
+        sequence = self.aux_loss_coeff if self.aux_loss_scope == "sequence" else 0.0
+        return Losses(self.z_loss_coeff, sequence, self.importance_loss_coeff, self.simbal_coeff)
+
+    def rate_of_learning(self, k: int) -> float:
+        """Return AdamW's step at step k = 0, 1, ...: it rises for `warmup` steps, then stays or falls by a cosine."""
+        if self.learning_rate_end is None or k < self.warmup:
+            return self.learning_rate * min(1.0, (k + 1) / max(1, self.warmup))
+        done = min(1.0, (k + 1 - self.warmup) / (self._steps - self.warmup))
+        return (
+            self.learning_rate_end + (self.learning_rate - self.learning_rate_end) * (1 + math.cos(math.pi * done)) / 2
+        )
 
     async def _clipping(self, common: torch.Tensor, experts: torch.Tensor) -> float:
         """Return what the gradient is multiplied by, so that its norm is at most `clip`."""
@@ -282,7 +316,7 @@ class MoETraining(Balancing, SyncAlgorithm):
         times: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return weights and moments after step k (Loshchilov & Hutter, 2019); decay acts on matrices."""
-        rate = self.learning_rate * min(1.0, (k + 1) / max(1, self.warmup))
+        rate = self.rate_of_learning(k)
         keep = model.decayed(sizes).to(x.dtype)
         keep = keep.repeat(x.shape[1] // len(keep) if times is None else times)
         m = self.beta1 * m + (1 - self.beta1) * g

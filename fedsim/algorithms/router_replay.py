@@ -64,8 +64,10 @@ class RouterReplay(Balancing, SyncAlgorithm):
     n = r + 1. `sign`: eps_k = u / |L - A_k|, sign(0) = 0; `prop`: u times the error in `error_unit`; `tanh`: tanh of
     kappa times the error, with momentum; `mult`: sign steps, selection by gamma (1 + p); `qb`: minus the quantile
     prices of each host's part, their mean over hosts, used for the next batch; `bip`, `sinkhorn`: prices of the batch
-    itself, per host; `aux_loss`: p shifts the logits and descends the gradient of E sum f_k P_k at rate u, no gradient
-    through f (our rendering of what training with that loss does to a router's bias); `force_balanced` ignores scores.
+    itself, per host; `expert_choice`: each expert takes the K T_host / E tokens of a host that score it highest, 0 to
+    E experts per token (it reads later tokens, so that no causal language model may train with it); `aux_loss`: p
+    shifts the logits and descends the gradient of E sum f_k P_k at rate u, no gradient through f (our rendering of what
+    training with that loss does to a router's bias); `force_balanced` ignores scores.
 
     Records `gap = D(p) - OPT` with the dual function D and the exact optimum OPT where selection is the best response
     to additive biases that are equal on all hosts; under group limits, `mult`, `aux_loss` and others `score_ratio` and
@@ -106,6 +108,11 @@ class RouterReplay(Balancing, SyncAlgorithm):
         if not isinstance(problem, RouterScores):
             raise InputError(f"router_replay plays problem 'router_scores', not {getattr(problem, 'kind', '?')!r}")
         rules.refuse_senseless(self, problem.p.score_func)
+        if self.bias_rule == "expert_choice" and (self.capacity_factor is not None or problem.limited_groups):
+            raise InputError(
+                "algorithm.bias_rule: expert_choice fills every expert to its capacity from all tokens; leave"
+                " capacity_factor and group limits out"
+            )
         ready = self.derived(_scores=problem)
         if self.regret and not ready._is_dual:
             raise InputError(
@@ -145,6 +152,10 @@ class RouterReplay(Balancing, SyncAlgorithm):
             value = growth.power if growth.rate is None else growth.rate
             found.append(Constant("regret", float(value or 0.0), f"predicted growth per {growth.law}"))
         return tuple(found)
+
+    def notes(self, setting: Setting) -> tuple[str, ...]:
+        """Return what is known to go wrong with these keys."""
+        return rules.notes(self, self._problem.p.score_func)
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> ReplayState:
         """Route the first batch with the biases of the start."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.moe import model
+from fedsim.moe.losses import Losses
 from fedsim.moe.model import Gating, Shape, Weights
 from fedsim.moe.selection import kept
 
@@ -92,19 +93,21 @@ class Host:
         """Return the gradient of what the experts sent back, to be sent to them."""
         return _gradient(self._cuts[layer].returned)
 
-    def back(self, layer: int, sent: torch.Tensor, aux: torch.Tensor, z: float) -> None:
+    def back(self, layer: int, sent: torch.Tensor, aux: torch.Tensor, losses: Losses, share: float) -> None:
         """Go backward through the piece that ends at a layer's cut.
 
         Args:
-            sent: gradient of what was sent. aux: gradient of the mean scores `[E]`; z: of the z-loss.
+            sent: gradient of what was sent. aux: gradient of the mean scores `[E]`. losses: of this host's own tokens,
+                with `share`, this micro-batch's weight.
         """
         cut = self._cuts[layer]
         outputs = [cut.sent, cut.x, cut.gating.gates]
         gradients = [sent, _gradient(cut.x_leaf), _gradient(cut.gates_leaf)]
         if bool(aux.any()):
             outputs, gradients = [*outputs, cut.gating.mean], [*gradients, aux.to(cut.gating.mean.dtype)]
-        if z:
-            outputs, gradients = [*outputs, cut.gating.z], [*gradients, torch.full_like(cut.gating.z, z)]
+        own = losses.of(self.shape, cut.gating, self.weights[f"{layer + 1}.router"], len(self._targets))
+        if own is not None:
+            outputs, gradients = [*outputs, own], [*gradients, torch.full_like(own, share)]
         torch.autograd.backward(outputs, gradients)
 
     def play_experts(self, layer: int, received: torch.Tensor, counts: NDArray[np.int64]) -> torch.Tensor:

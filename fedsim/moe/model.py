@@ -70,6 +70,7 @@ class Gating(NamedTuple):
     Attributes:
         experts: int64 `[T, K]`. gates: `[T, K]`, differentiable. loads: int64 `[E]`, selections before any dropping.
         mean: `[E]`, mean of the scores normalised over experts; z: mean squared log-sum-exp of the logits.
+        scores: `[T, E]`, unbiased.
     """
 
     experts: torch.Tensor
@@ -77,6 +78,7 @@ class Gating(NamedTuple):
     loads: NDArray[np.int64]
     mean: torch.Tensor
     z: torch.Tensor
+    scores: torch.Tensor
 
 
 def count(sizes: Sizes) -> int:
@@ -146,7 +148,8 @@ def gate(shape: Shape, w: Weights, block: int, h: torch.Tensor, bias: NDArray[np
     if shape.route_norm and shape.top_k > 1:
         gates = gates / gates.sum(dim=1, keepdim=True)
     mean = (scores / scores.sum(dim=1, keepdim=True)).mean(dim=0)
-    return Gating(experts, gates * shape.route_scale, chosen.loads, mean, logits.logsumexp(dim=1).square().mean())
+    z = logits.logsumexp(dim=1).square().mean()
+    return Gating(experts, gates * shape.route_scale, chosen.loads, mean, z, scores)
 
 
 def scores_of(logits: torch.Tensor, score_func: str) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Part:
         self.rule, self.s, self.layer, self.bias = rule, s, layer, bias
         self.scores = batch.scores[layer][tokens]
         self.logits = None if batch.logits is None else batch.logits[layer][tokens]
+        self._routed = len(self.scores)  # tokens that any expert sees
         first = int(s.records[:node].sum())
         self.selected = self._selected(first)
 
@@ -44,6 +45,11 @@ class Part:
         if rule.bias_rule == "sinkhorn":
             base = scores if self.logits is None else self.logits
             return self._of(s.select(base, rules.sinkhorn_bias(base, rule.rule_rounds)).experts)
+        if rule.bias_rule == "expert_choice":
+            taken = rules.expert_choice(scores, s.top_k)
+            self._routed = int(taken.any(axis=1).sum())
+            score = float(scores[taken].sum())
+            return Selected(np.empty((len(scores), 0), np.int64), taken.sum(axis=0), score, score)
         if rule.bias_rule == "aux_loss":
             return self._of(s.select(self._shifted(), np.zeros(s.experts)).experts)
         return s.select(scores, self.bias, rule.bias_rule == "mult")
@@ -75,7 +81,7 @@ class Part:
         chosen = np.take_along_axis(self.scores, found.experts, axis=1) if s.p.route_norm or self._drops else None
         values["gate"] = found.score * s.p.route_scale
         if s.p.route_norm and s.top_k > 1:
-            values["gate"] = s.p.route_scale * len(self.scores)
+            values["gate"] = s.p.route_scale * self._routed
         if self._drops:
             assert chosen is not None
             capacity = math.ceil(self.rule.capacity_factor * s.top_k * len(self.scores) / s.experts)  # type: ignore[operator]

@@ -16,7 +16,9 @@ from fedsim.errors import InputError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rule = Literal["none", "sign", "prop", "tanh", "mult", "aux_loss", "qb", "bip", "sinkhorn", "force_balanced"]
+Rule = Literal[
+    "none", "sign", "prop", "tanh", "mult", "aux_loss", "qb", "bip", "sinkhorn", "expert_choice", "force_balanced"
+]
 BY_LOADS = ("sign", "prop", "tanh", "mult")  # rules that see nothing but loads
 
 
@@ -26,7 +28,7 @@ class Balancing:
 
     Attributes:
         bias_rule: none; sign, prop, tanh, mult (from loads); aux_loss; qb (quantiles of the batch before); bip,
-            sinkhorn (inside the batch, per host); force_balanced (ignores the scores).
+            sinkhorn, expert_choice (inside the batch, per host); force_balanced (ignores the scores).
         bias_update_rate: u of the step.
         bias_schedule: u (const), u / sqrt(n) (inv_sqrt), u / n (inv_n) at step n = 1, 2, ...
         error_unit: of the load error L - A: relative (to L), fraction (of the tokens), tokens.
@@ -77,6 +79,16 @@ def refuse_senseless(rule: Balancing, score_func: str) -> None:
         raise InputError(f"algorithm.bias_delay: {rule.bias_delay} given, but {rule.bias_rule} does not follow loads")
     if rule.bias_rule == "bip" and score_func == "softmax":
         raise InputError("algorithm.bias_rule: bip clips its prices at 0 for scores of their own; use sigmoid scores")
+
+
+def notes(rule: Balancing, score_func: str) -> tuple[str, ...]:
+    """Return what is known to go wrong with these keys."""
+    if rule.bias_rule == "sign" and score_func == "softmax":
+        return (
+            "bias_rule sign with softmax scores: they are coupled, and of another size for every token, so that one"
+            " step u fits none; use sigmoid, or prop (Wang et al. use prop with softmax, Megatron-LM refuses a bias)",
+        )
+    return ()
 
 
 def updated(
