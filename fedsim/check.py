@@ -98,6 +98,8 @@ def _warnings(p: Prepared) -> list[str]:
         found.append("mu = 0: linear rates of the theory are void for this problem")
     if p.problem.L is None:
         found.append("L is unknown: step sizes are yours to choose")
+    if p.scenario.start.get("kind", "zeros") == "zeros" and p.problem.kind == "module":
+        found.append("start: zeros, which hidden layers do not leave; start: {kind: problem} takes the model's own")
     if not isinstance(p.algorithm, SyncAlgorithm) and p.rates is not None and not p.setting.chi.exact:
         found.append("chi1, chi2 are certified upper bounds at this size, not exact values")
     return found

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 import fedsim
 from fedsim.algorithms.algorithm import Sampling
+from fedsim.check import check
 from fedsim.engine.sampling import draw
 from fedsim.errors import InputError
 from fedsim.prepare import Live, prepare
@@ -226,3 +227,18 @@ def test_the_bytes_of_lenet5_are_those_of_the_codec(tmp_path, algorithm, per_nod
     }
     result = fedsim.run(scenario, problem=problem, folder=tmp_path / "out")
     assert result.metrics["bytes"].iloc[-1] == 2 * N * per_node
+
+
+@pytest.mark.parametrize(("start", "told"), [({"kind": "zeros"}, True), ({"kind": "problem"}, False)])
+@pytest.mark.parametrize("composite", [None, {"kind": "l1", "weight": 1e-4}])
+def test_a_network_that_starts_at_zero_is_told_of(start, told, composite):
+    """Zeros are the default start and a saddle of every network with hidden layers: `check` says so."""
+    scenario = {
+        "topology": {"kind": "ring", "n": N},
+        "problem": {"kind": "module", "data": {"kind": "iris"}, **({"composite": composite} if composite else {})},
+        "start": start,
+        "algorithm": {"kind": "dproxsgt", "eta": 0.1},
+        "schedule": {"horizon": 1},
+    }
+    (found,) = check(scenario)
+    assert any("hidden layers do not leave" in note for note in found["warnings"]) == told

@@ -6,8 +6,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment, linprog
+from scipy.optimize import linear_sum_assignment, linprog, root
 from scipy.sparse import coo_array, kron, vstack
+from scipy.stats import norm
 
 from fedsim.errors import InputError
 from fedsim.moe import rules, theory
@@ -387,6 +388,65 @@ def test_regret_grows_as_predicted():
     assert slow[2999] / slow[299] == pytest.approx(10**0.5, rel=0.15)
     wide = regret(Balancing("prop", a, "inv_n", **fraction), 256, 100, N)
     assert slope(wide, np.log, 100) == pytest.approx(a / 4, rel=0.2)
+
+
+def shares(p, top_k=2):
+    """Return `pi_k(p)` by quadrature: the chance that expert k is among the two best, scores sigmoid(N(m_k, 1))."""
+    x = np.linspace(min(p), 1 + max(p), 40_001)
+    inner = np.clip(x[:, None] - p, 1e-300, 1 - 1e-16)
+    below = norm.cdf(np.log(inner) - np.log1p(-inner) - np.linspace(-1, 1, len(p)))
+    found = []
+    for k in range(len(p)):
+        others = np.delete(below, k, axis=1)
+        none = others.prod(axis=1)
+        one = sum((1 - others[:, j]) * np.delete(others, j, axis=1).prod(axis=1) for j in range(len(p) - 1))
+        best_two = none + one
+        found.append(float((np.diff(below[:, k]) * (best_two[1:] + best_two[:-1]) / 2).sum()))
+    return np.array(found)
+
+
+def divergence(rule, star, tokens, runs, steps):
+    """Return the regret of each run after each step `[runs, steps]`, without its part of mean 0.
+
+    `f(p) - f(p*)` has the term `(A(p*) - L)'(p - p*)`: nothing on average, and nearly all of the noise.
+    """
+    rng, target = np.random.default_rng(tokens), tokens / 4
+    p = torch.zeros(runs, 1, 8, dtype=torch.float64)
+    found, loads = np.empty((runs, steps)), np.empty((runs, 1, 8), np.int64)
+    for n in range(1, steps + 1):
+        scores = 1 / (1 + np.exp(-rng.standard_normal((runs, tokens, 8)) - np.linspace(-1, 1, 8)))
+        bias = p[:, 0].numpy()
+        for run in range(runs):
+            mine, best = select(scores[run], bias[run], 2), select(scores[run], star, 2)
+            loads[run, 0] = mine.loads
+            gap = mine.biased - best.biased - target * (bias[run] - star).sum()
+            found[run, n - 1] = gap - (best.loads - target) @ (bias[run] - star)
+        p, _ = updated(rule, p, p, torch.from_numpy(loads), 2, n)
+    return found.cumsum(axis=1)
+
+
+@pytest.mark.slow
+def test_the_regret_of_eight_experts_is_logarithmic_and_independent_of_the_batch():
+    """E = 8, K = 2, c = 1/lambda_2: the slope per ln N is below K (1 - K/E)/(2 lambda_2), as predicted, at any T."""
+    star = root(lambda p: shares(np.append(p, -p.sum()))[:7] - 0.25, np.zeros(7), tol=1e-12).x
+    star = np.append(star, -star.sum())
+    assert shares(star) == pytest.approx(np.full(8, 0.25), abs=1e-8)  # the rest is the quadrature
+    bend = np.array([(shares(star + e) - shares(star - e)) / 2e-4 for e in 1e-4 * np.eye(8)])
+    eigenvalues = np.linalg.eigvalsh((bend + bend.T) / 2)[1:]
+    estimated = theory.curvature(instance(2**18, 8, 5)[1], star, 2)
+    assert estimated.eigenvalues == pytest.approx(eigenvalues, rel=0.08)
+    c, bound = 1 / eigenvalues[0], 2 * (1 - 2 / 8) / (2 * eigenvalues[0])
+    assert bound == pytest.approx(0.5457, abs=2e-4)  # the notes' 0.573 is from an estimated lambda_2 = 1.309
+    predicted = theory.predicted_regret("prop", "inv_n", c, "fraction", 64, 2, estimated)
+    assert predicted is not None
+    rule, n, slopes = Balancing("prop", c, "inv_n", error_unit="fraction"), np.arange(1, 2001)[30:], []
+    for tokens, runs in ((64, 120), (256, 50)):
+        each = [np.polyfit(np.log(n), row[30:], 1)[0] for row in divergence(rule, star, tokens, runs, 2000)]
+        slopes.append((np.mean(each), np.std(each) / math.sqrt(runs)))
+        assert 0.42 <= slopes[-1][0] <= bound
+        assert slopes[-1][0] == pytest.approx(predicted.rate, abs=4 * slopes[-1][1] + 0.02)
+    (small, a), (large, b) = slopes
+    assert abs(small - large) < 4 * math.hypot(a, b)
 
 
 def test_predictions_have_the_closed_forms():
