@@ -521,14 +521,14 @@ def test_a_study_is_composed_and_must_promise_one_thing(tmp_path):
 
     content = scenario(CLIPPED, privacy={"epsilon": 1.0}, seeds=4)
     study = fedsim.run(content, folder=tmp_path / "seeds")
-    together = json.loads((study.folder / "study.json").read_text())["privacy"]
+    together = study.facts["privacy"]
     assert together["epsilon"] == pytest.approx(epsilon_of(2 * mu_of(1.0, 1e-5), 1e-5), rel=1e-6)
     mixed = {**content, "seeds": 1, "variants": {"a": {}, "b": {"privacy.relation": "zero_out"}}}
     with pytest.raises(InputError, match="relation: 'replace_one' in a, 'zero_out' in b; runs of one study"):
         fedsim.run(mixed, folder=tmp_path / "mixed")
     plain = {**content, "seeds": 1, "variants": {"a": {}, "b": {"privacy": None}}}
     study = fedsim.run(plain, folder=tmp_path / "plain")
-    together = json.loads((study.folder / "study.json").read_text())["privacy"]
+    together = study.facts["privacy"]
     assert (together["unprotected_runs"], math.isinf(together["epsilon"])) == (1, True)
     assert together["epsilon_of_private_runs"] == pytest.approx(1.0, rel=1e-6)
 
