@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
 import typer
+
+from fedsim.results.folder import to_json
 
 app = typer.Typer(
     name="fedsim",
@@ -122,14 +123,14 @@ def sweep(
     overrides = parsed(texts) | {f"sweep.{key}": given for key, given in axes.items()}
     if cells:
         found = sweeping.numbered(load_study(scenario, overrides=overrides, short=short))
-        print(json.dumps(found) if as_json else "\n".join(f"{k} {a}-{b}" for k, (a, b) in found.items()))
+        print(to_json(found) if as_json else "\n".join(f"{k} {a}-{b}" for k, (a, b) in found.items()))
         return
     with cells_shown(not (no_progress or as_json)) as progress:
         result = sweeping.sweep(scenario, overrides=overrides, short=short, folder=folder, cell=cell, progress=progress)
     if not _leads():
         return
     if cell is not None:
-        print(json.dumps(sweeping.cell_facts(result, cell), indent=2) if as_json else sweeping.cell_line(result, cell))
+        print(to_json(sweeping.cell_facts(result, cell)) if as_json else sweeping.cell_line(result, cell))
         return
     _print_result(result, [] if no_plot or as_json else _pictures(result), as_json)
 
@@ -160,7 +161,7 @@ def replay(
 
     found = play_again(folder)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(to_json(found))
     else:
         print(f"{'the same bits' if found['same'] else 'another state'}: {found['digest']}")
     if not found["same"]:
@@ -181,7 +182,7 @@ def check(
     from fedsim.check import check as examine
 
     found = examine(scenario, overrides=overrides or (), short=short, precision=to, ranks=ranks)
-    print(json.dumps(found, indent=2) if as_json else "\n\n".join(as_text(facts) for facts in found))
+    print(to_json(found) if as_json else "\n\n".join(as_text(facts) for facts in found))
 
 
 @app.command()
@@ -205,7 +206,7 @@ def verify(
     outcomes = module.verify(scenario, on, overrides or (), short, None if as_json else tell)
     found = module.as_json(outcomes)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(to_json(found))
     elif found["same"]:
         count = len(outcomes[0].digests)
         print(f"{'one digest' if count == 1 else f'the same {count} digests'} and the same metrics everywhere")
@@ -226,7 +227,7 @@ def audit(
     from fedsim.privacy.audit import audit_run
 
     verdict = audit_run(folder, trials, seed)
-    print(json.dumps(asdict(verdict), indent=2) if as_json else verdict.text())
+    print(to_json(asdict(verdict)) if as_json else verdict.text())
     if verdict.broken:
         raise typer.Exit(1)
 
@@ -250,12 +251,12 @@ def rates(
     table = rates_table(graph, set_, prune, caps, solver)  # type: ignore[arg-type]
     best = list(table.schemes)[-1]
     if as_json and out is None:
-        print(json.dumps(table.as_dict(), indent=2))
+        print(to_json(table.as_dict()))
         return
     file = out or Path(f"{graph.name}-rates.csv")
     write_rates(file, graph, table.schemes[best].rates)
     if as_json:
-        print(json.dumps({**table.as_dict(), "file": str(file)}, indent=2))
+        print(to_json({**table.as_dict(), "file": str(file)}))
         return
     _print_rates(table, best)
     from fedsim.results.draw import draw_rates
@@ -345,7 +346,7 @@ def list_(
         return
     chosen = names if section is None else {section: names[section]}
     if as_json:
-        print(json.dumps(chosen, indent=2))
+        print(to_json(chosen))
         return
     for title, kinds in chosen.items():
         print(f"{title}")
@@ -365,7 +366,7 @@ def doctor(as_json: Json = False) -> None:
     from fedsim.doctor import examine, report
 
     facts = examine()
-    print(json.dumps(facts, indent=2) if as_json else report(facts))
+    print(to_json(facts) if as_json else report(facts))
     if facts["problems"]:
         sys.exit(1)
 
@@ -409,7 +410,7 @@ def _pictures(result: Any) -> list[Path]:
 
 def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result.summary(), indent=2))
+        print(to_json(result.summary()))
         return
     from fedsim.errors import InputError
     from fedsim.results.compare import compare as table

@@ -19,7 +19,7 @@ from fedsim.errors import Diverged, FedsimError, InputError, Stopped
 from fedsim.job import arrays_of_rank_0, connected, counts_of_all, gathered, of_rank_0, own_part, rows_of_all, watched
 from fedsim.observe import Observer
 from fedsim.prepare import Live, folder_for, prepare
-from fedsim.results.folder import write_whole
+from fedsim.results.folder import to_json, write_whole
 from fedsim.results.journal import Journal
 from fedsim.results.result import STUDY, Result, StudyResult, load
 from fedsim.sections import HIGHER_IS_BETTER
@@ -127,7 +127,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     if connected().rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         names = [scenario.folder for scenario in study.runs]
-        write_whole(root / STUDY, _json({"name": study.name, "claim": study.claim, "runs": names}))
+        write_whole(root / STUDY, to_json({"name": study.name, "claim": study.claim, "runs": names}) + "\n")
         for scenario in study.runs:
             lay_out(scenario, root / scenario.folder)
     failures, waiting, clock = [], list(study.runs), time.perf_counter()
@@ -270,7 +270,7 @@ def _play_on(
         if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
         guard = getattr(player, "guard", None)
-        reason = _stop(s.stop, row) or _spent(s.stop, player) or (guard.refusal if guard else None)
+        reason = _stop(s.stop, row) or (guard.refusal if guard else None) or _spent(s.stop, player)
         if reason:
             return reason
         if target >= next_checkpoint:
@@ -426,18 +426,12 @@ def with_digest(study: StudyResult, tuning: Sequence[Path] = ()) -> StudyResult:
 
     privacy = composed([*tuning, *(run.folder for run in study.runs)])
     if privacy is not None:
-        write_whole(study.folder / STUDY, _json({**study.facts, "privacy": privacy}))
+        write_whole(study.folder / STUDY, to_json({**study.facts, "privacy": privacy}) + "\n")
         study = StudyResult(study.folder)
     digests = [run.digest for run in study.runs if (run.folder / "run.json").exists()]
     if len(digests) == len(study.runs) and all(digests):
-        write_whole(study.folder / STUDY, _json({**study.facts, "digest": combined(d for d in digests if d)}))
+        write_whole(study.folder / STUDY, to_json({**study.facts, "digest": combined(d for d in digests if d)}) + "\n")
     return StudyResult(study.folder)
-
-
-def _json(facts: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(facts, indent=2) + "\n"
 
 
 def _as_topology(given: Any) -> Topology | None:

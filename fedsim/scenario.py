@@ -434,12 +434,16 @@ def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: Mistakes) -> int:
 
 
 def _sources(sections: Mapping[str, Any], base: Path) -> dict[str, str]:
-    found = {}
-    for section in ("problem", "algorithm"):
-        kind = str(sections.get(section, {}).get("kind", ""))
-        if ".py:" in kind and (base / kind.rpartition(":")[0]).is_file():
-            found[kind] = registry.fingerprint(kind, base) or ""
-    return found
+    """Return the fingerprints of all own code that the sections name: kinds, models, compressors."""
+    return {name: registry.fingerprint(name, base) or "" for name in sorted(_own_code(sections, base))}
+
+
+def _own_code(value: Any, base: Path) -> set[str]:
+    if isinstance(value, Mapping | list):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return set().union(*(_own_code(part, base) for part in inner))
+    known = isinstance(value, str) and ".py:" in value and (base / value.rpartition(":")[0]).is_file()
+    return {value} if known else set()
 
 
 def _named_files(value: Any, base: Path) -> dict[str, str]:

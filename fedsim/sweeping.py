@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
 from fedsim.prepare import Live, prepare
-from fedsim.results.folder import RUN, write_whole
+from fedsim.results.folder import RUN, from_json, to_json, write_whole
 from fedsim.results.result import STUDY, Result, StudyResult
 from fedsim.side_by_side import has_ended, lay_out, play_all, play_folder
 from fedsim.tuning import Choice, as_facts, choose
@@ -227,7 +226,7 @@ def _begin(study: Study, root: Path) -> None:
         tuning = root / TUNING
         tuning.mkdir(exist_ok=True)
         facts = {"name": f"{study.name}, tuning", "claim": "", "runs": [run.folder for run in study.tuning]}
-        write_whole(tuning / STUDY, _json({**facts, "sweep": {"axes": _axes(study)}}))
+        write_whole(tuning / STUDY, to_json({**facts, "sweep": {"axes": _axes(study)}}) + "\n")
         if not (root / STUDY).exists() or not _same_source(study, root):
             _write_study(study, root, [], None)
         _lay_out([(run, tuning / run.folder) for run in study.tuning])
@@ -237,7 +236,7 @@ def _begin(study: Study, root: Path) -> None:
 
 
 def _same_source(study: Study, root: Path) -> bool:
-    return StudyResult(root).facts.get("source") == json.loads(_json(study.source))
+    return StudyResult(root).facts.get("source") == from_json(to_json(study.source))
 
 
 def _lay_out(cells: Iterable[tuple[Scenario, Path]]) -> None:
@@ -252,7 +251,7 @@ def _write_study(study: Study, root: Path, runs: Sequence[Scenario], choices: li
     if study.select:
         seeds = sorted({run.seed for run in study.tuning})
         facts["select"] = as_facts(study.select, seeds, choices or [])
-    write_whole(root / STUDY, _json(facts))
+    write_whole(root / STUDY, to_json(facts) + "\n")
 
 
 def _finish(study: Study, root: Path) -> StudyResult:
@@ -300,7 +299,3 @@ def _refuse_hopeless(study: Study) -> None:
 
 def _state(run: Result) -> str:
     return "diverged" if run.facts.get("diverged") else run.status
-
-
-def _json(facts: Any) -> str:
-    return json.dumps(facts, indent=2, default=str) + "\n"

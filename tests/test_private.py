@@ -19,7 +19,7 @@ from fedsim.privacy.requests import Charge, Release, Spend
 from fedsim.problems.dense import DenseRecords, Layer, cross_entropy_slope
 from fedsim.problems.problem import Problem
 from fedsim.problems.shared_curvature import SharedCurvature
-from fedsim.results.folder import as_json, from_json
+from fedsim.results.folder import from_json, to_json
 
 GD = {"kind": "diff2_gd", "eta": 0.25, "restart_period": 5}
 CLIPPED = {**GD, "clip_grad": 0.5, "clip_diff": 0.3}
@@ -477,10 +477,10 @@ def test_infinite_epsilons_are_json_that_any_program_reads(tmp_path):
     assert result.facts["privacy"]["epsilon_server"] == math.inf
     assert result.facts["privacy"]["epsilon_by_worker"]["server"] == [math.inf] * 5
     summary = result.summary()
-    printed = json.loads(as_json(summary), parse_constant=strict)
+    printed = json.loads(to_json(summary), parse_constant=strict)
     assert (printed["last"]["epsilon_server"], summary["last"]["epsilon_server"]) == ("inf", math.inf)
     odd = {"name": "inf", "x": [math.nan, -math.inf, 1.5, 2, None, True], "y": {"z": np.float64(math.inf)}}
-    back = from_json(as_json(odd))
+    back = from_json(to_json(odd))
     assert repr(back) == repr({**odd, "y": {"z": math.inf}})
 
 

@@ -106,9 +106,10 @@ class Rounds:
                 [self._algorithm.start(self._x0[rows], o, self._draws(o, START)) for rows, o in blocks]
             )
         except Spent:
-            raise InputError(
-                f"stop.queries: {self._oracles[0].queries.budget} do not cover the start of this algorithm"
-            ) from None
+            bound = f"queries: {self._oracles[0].queries.budget} do"
+            if self.guard and self.guard.refusal:
+                bound = f"epsilon: {self.guard.budget:g} does"
+            raise InputError(f"stop.{bound} not cover the start of this algorithm") from None
         self._share()
         self._budget.refuse_start(self.counts)
         self.spent = self._budget.reached(self.counts)
@@ -131,7 +132,7 @@ class Rounds:
                     ]
                 )
             except Spent:
-                self.spent = "queries"
+                self.spent = "epsilon" if self.guard and self.guard.refusal else "queries"
                 break
             if before and self._over(*before):
                 break

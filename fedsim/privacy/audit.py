@@ -8,7 +8,6 @@ the sharper instrument.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +70,7 @@ def audit_run(folder: Path, trials: int = 10_000, seed: int = 0) -> Verdict:
     """
     from fedsim.engine.machine import prepare as prepare_machine
     from fedsim.prepare import prepare
-    from fedsim.results.folder import write_whole
+    from fedsim.results.folder import to_json, write_whole
     from fedsim.results.result import Result
     from fedsim.scenario import load_study
 
@@ -89,7 +88,7 @@ def audit_run(folder: Path, trials: int = 10_000, seed: int = 0) -> Verdict:
     verdict = Verdict(**{**asdict(verdict), "claimed": ledger.epsilon(), "broken": verdict.broken or wrong})
     if verdict.certified > verdict.claimed and not verdict.broken:
         verdict = Verdict(**{**asdict(verdict), "broken": "certified epsilon above the ledger's"})
-    write_whole(folder / "audit.json", json.dumps(asdict(verdict), indent=2) + "\n")
+    write_whole(folder / "audit.json", to_json(asdict(verdict)) + "\n")
     return verdict
 
 

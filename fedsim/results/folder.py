@@ -35,7 +35,7 @@ class RunFolder:
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """Write `run.json`: status, versions, machine, seed, digest, constants, totals."""
-        write_whole(self.path / RUN, as_json(facts) + "\n")
+        write_whole(self.path / RUN, to_json(facts) + "\n")
 
     def read_run(self) -> dict[str, Any]:
         """Return what `run.json` says.
@@ -85,13 +85,13 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
 
-def as_json(facts: Any) -> str:
-    """Return JSON that any program reads: it has no infinite numbers, so they are the words inf, -inf and nan."""
-    return json.dumps(_in_words(facts), indent=2, allow_nan=False)
+def to_json(facts: Any) -> str:
+    """Return JSON that any program reads: infinite numbers are the words inf, -inf and nan, paths are text."""
+    return json.dumps(_in_words(facts), indent=2, allow_nan=False, default=str)
 
 
 def from_json(text: str) -> Any:
-    """Return what `as_json` wrote; names stay words."""
+    """Return what `to_json` wrote; names stay words."""
     return json.loads(text, object_hook=lambda found: {k: _as_number(k, v) for k, v in found.items()})
 
 
