@@ -37,7 +37,7 @@ def bench_mixing(benchmark, rows, how):
     matrix, out = mixing_matrix(topology), np.empty_like(rows)
     csr, addresses = by_position(matrix, topology), addresses_of(rows)
     ways = {
-        "fedsim": lambda: mix_rows(0, *csr, addresses, out),
+        "fedsim": lambda: mix_rows(0, *csr, 0, addresses, out),
         "scipy": lambda: matrix @ rows,
         "copy": lambda: np.copyto(out, rows),
     }

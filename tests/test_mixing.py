@@ -27,7 +27,7 @@ def _case(name: str) -> tuple[Topology, np.ndarray, tuple]:
 
 def _mix(csr, values: np.ndarray, first: int = 0, count: int | None = None) -> np.ndarray:
     out = np.empty((len(values) - first if count is None else count, values.shape[1]), values.dtype)
-    mix_rows(first, *csr, addresses_of(values), out)
+    mix_rows(first, *csr, 0, addresses_of(values), out)
     return out
 
 
@@ -65,7 +65,7 @@ def test_blocks_do_not_change_a_bit(block, dtype):
     addresses = np.concatenate([addresses_of(part) for part in parts])
     for begin in range(0, topology.n, block):
         out = np.empty((min(block, topology.n - begin), 37), dtype)
-        mix_rows(begin, *csr, addresses, out)
+        mix_rows(begin, *csr, 0, addresses, out)
         assert np.array_equal(out, whole[begin : begin + block])
 
 

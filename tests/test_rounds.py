@@ -80,7 +80,7 @@ def test_mixing_equals_the_matrix_product(dim):
     offsets, columns, weights = by_position(mixing_matrix(graph), graph)
     v = np.random.default_rng(0).normal(size=(13, dim))
     out = np.empty_like(v)
-    mix_rows(0, offsets, columns, weights, addresses_of(v), out)
+    mix_rows(0, offsets, columns, weights, 0, addresses_of(v), out)
     dense = mixing_matrix(graph).toarray()[np.ix_(graph.order, graph.order)]
     assert np.allclose(out, dense @ v, rtol=0, atol=1e-14)
 

@@ -50,10 +50,11 @@ def _fetch(_context: Any, _address: Any = None) -> Any:
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def mix_rows(first, offsets, columns, weights, addresses, out):  # pragma: no cover - compiled
+def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma: no cover - compiled
     """Write rows `first..first + len(out)` of `W v` to `out [count, dim]`.
 
-    `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins.
+    `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins,
+    counted from `base`.
     Large values are taken by columns, as many as a cache holds of all rows: each number is then fetched from memory
     once, not once per neighbour. Five neighbours are taken at once where there are as many (a torus, a 4-regular
     graph), then four, then one.
@@ -64,19 +65,20 @@ def mix_rows(first, offsets, columns, weights, addresses, out):  # pragma: no co
     tile = tile if ahead else TILE
     for start in range(0, dim, tile):
         n, shift = min(tile, dim - start), start * size
+        begin = base + shift
         following = min(tile, dim - start - n) * size if ahead else 0
         for row in range(out.shape[0]):
             for line in range(0, following, 64):
-                _fetch(addresses[first + row] + shift + n * size + line)
+                _fetch(begin + addresses[first + row] + n * size + line)
             p, end = offsets[first + row], offsets[first + row + 1]
             total = _pointer(written + row * dim * size + shift, out)
             if p + 5 <= end:
-                a, b = _pointer(addresses[columns[p]] + shift, out), _pointer(addresses[columns[p + 1]] + shift, out)
+                a, b = _pointer(begin + addresses[columns[p]], out), _pointer(begin + addresses[columns[p + 1]], out)
                 c, d = (
-                    _pointer(addresses[columns[p + 2]] + shift, out),
-                    _pointer(addresses[columns[p + 3]] + shift, out),
+                    _pointer(begin + addresses[columns[p + 2]], out),
+                    _pointer(begin + addresses[columns[p + 3]], out),
                 )
-                e = _pointer(addresses[columns[p + 4]] + shift, out)
+                e = _pointer(begin + addresses[columns[p + 4]], out)
                 _first_five(
                     n, total, a, b, c, d, e, weights[p], weights[p + 1], weights[p + 2], weights[p + 3], weights[p + 4]
                 )
@@ -84,15 +86,15 @@ def mix_rows(first, offsets, columns, weights, addresses, out):  # pragma: no co
             else:
                 _clear(n, total)
             while p + 4 <= end:
-                a, b = _pointer(addresses[columns[p]] + shift, out), _pointer(addresses[columns[p + 1]] + shift, out)
+                a, b = _pointer(begin + addresses[columns[p]], out), _pointer(begin + addresses[columns[p + 1]], out)
                 c, d = (
-                    _pointer(addresses[columns[p + 2]] + shift, out),
-                    _pointer(addresses[columns[p + 3]] + shift, out),
+                    _pointer(begin + addresses[columns[p + 2]], out),
+                    _pointer(begin + addresses[columns[p + 3]], out),
                 )
                 _add_four(n, total, a, b, c, d, weights[p], weights[p + 1], weights[p + 2], weights[p + 3])
                 p += 4
             while p < end:
-                _add(n, total, _pointer(addresses[columns[p]] + shift, out), weights[p])
+                _add(n, total, _pointer(begin + addresses[columns[p]], out), weights[p])
                 p += 1
 
 

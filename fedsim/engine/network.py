@@ -23,6 +23,8 @@ from fedsim.errors import RunError, Unsupported
 if TYPE_CHECKING:
     from fedsim.privacy.guard import Guard
 
+NUMPY = {torch.float64: np.float64, torch.float32: np.float32}  # a lookup is faster than an empty tensor's own numpy()
+
 
 class LocalNetwork:
     """Answers the blocks of one process; rows of other ranks are read where they were received.
@@ -80,11 +82,12 @@ class LocalNetwork:
         values = [dense(r.v).contiguous() for r in requests]
         self._charge_edges(requests, values)
         far = self._bring(requests, values)
-        addresses = self._addresses(values)
+        base, addresses = self._addresses(values)
         if far is not None:
-            addresses = np.concatenate([addresses, addresses_of(far)])
-        out = torch.empty((self._layout.rows, *values[0].shape[1:]), dtype=values[0].dtype)
-        mix_rows(0, offsets, columns, weights, addresses, out.numpy())
+            addresses = np.concatenate([addresses, addresses_of(far) - base])
+        mixed = np.empty((self._layout.rows, *values[0].shape[1:]), NUMPY[values[0].dtype])
+        mix_rows(0, offsets, columns, weights, base, addresses, mixed)
+        out = torch.from_numpy(mixed)
         return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
 
     def _bring(self, requests: list[Any], values: list[torch.Tensor]) -> NDArray | None:
@@ -98,15 +101,15 @@ class LocalNetwork:
             raise Unsupported(f"this scenario has no matrix {name!r} for Mix or Gather (it has {have})")
         return self._csr[name]
 
-    def _addresses(self, values: list[torch.Tensor]) -> NDArray[np.int64]:
-        """Return where every row begins; `values` are contiguous and must be kept alive."""
+    def _addresses(self, values: list[torch.Tensor]) -> tuple[int, NDArray[np.int64]]:
+        """Return where every row begins, as an address and steps from it; `values` are contiguous and kept alive."""
         stride = values[0].stride(0) * values[0].element_size()
         if stride not in self._steps:
             self._steps = {stride: self._places * stride}
         steps = self._steps[stride]
         if len(values) == 1:
-            return values[0].data_ptr() + steps
-        return np.concatenate([v.data_ptr() + steps[: len(v)] for v in values])
+            return values[0].data_ptr(), steps
+        return 0, np.concatenate([v.data_ptr() + steps[: len(v)] for v in values])
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
         offsets, columns, _ = self._matrix("adjacency")

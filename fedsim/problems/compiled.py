@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
 from numba.core.types import CompileResultWAP
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
@@ -26,33 +28,42 @@ LOSS = types.float64(types.int64, _reals, _reals, _ints, _reals)
 """(slot, x, reals, ints, scratch) -> f_i(x) over all records."""
 
 
-@njit(
-    types.void(types.FunctionType(GRADIENT), _ints, _rows, _drawn, _rows, _reals, _ints, _reals, _rows),
-    cache=True,
-)
-def gradients(function, slots, x, indices, weights, reals, ints, scratch, out):  # pragma: no cover - compiled
+def _function_at(signature: Any) -> Any:
+    """Return what makes a function of an address: an argument that is a function takes numba 2.5 us at every call."""
+    kind = types.FunctionType(signature)
+
+    @intrinsic
+    def function_at(_context: Any, _address: Any = None) -> Any:
+        def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            place = builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+            return builder.insert_value(ir.Constant(context.get_value_type(kind), None), place, 0)
+
+        return kind(types.int64), code
+
+    return function_at
+
+
+_gradient_at, _loss_at = _function_at(GRADIENT), _function_at(LOSS)
+
+
+@njit(types.void(types.int64, _ints, _rows, _drawn, _rows, _reals, _ints, _reals, _rows), cache=True)
+def gradients(address, slots, x, indices, weights, reals, ints, scratch, out):  # pragma: no cover - compiled
     """Write the gradient of every row to `out`, one after another."""
+    function = _gradient_at(address)
     for row in range(len(slots)):
         function(slots[row], x[row], indices[row], weights[row], reals, ints, scratch, out[row])
 
 
-@njit(types.void(types.FunctionType(LOSS), _ints, _rows, _reals, _ints, _reals, _reals), cache=True)
-def losses(function, slots, x, reals, ints, scratch, out):  # pragma: no cover - compiled
+@njit(types.void(types.int64, _ints, _rows, _reals, _ints, _reals, _reals), cache=True)
+def losses(address, slots, x, reals, ints, scratch, out):  # pragma: no cover - compiled
     """Write the loss of every row to `out`; a single row of x serves all."""
+    function = _loss_at(address)
     for row in range(len(slots)):
         out[row] = function(slots[row], x[row if len(x) > 1 else 0], reals, ints, scratch)
 
 
-class Address:
-    """A compiled function as an argument of another: numba would look the function itself up at every call."""
-
-    def __init__(self, function: Any, signature: Any) -> None:
-        self._numba_type_ = types.FunctionType(signature)
-        self._numba_type_.is_precise = lambda: True  # it is; numba would ask every argument's type at every call
-        self._address = CompileResultWAP(function.get_compile_result(signature)).__wrapper_address__()
-
-    def __wrapper_address__(self) -> int:
-        return self._address
+def _address(function: Any, signature: Any) -> int:
+    return CompileResultWAP(function.get_compile_result(signature)).__wrapper_address__()
 
 
 @cache
@@ -74,12 +85,12 @@ class CompiledProblem(Problem):
     _scratch: int = 1
 
     @cached_property
-    def _gradient_address(self) -> Address:
-        return Address(self._gradient, GRADIENT)
+    def _gradient_address(self) -> int:
+        return _address(self._gradient, GRADIENT)
 
     @cached_property
-    def _loss_address(self) -> Address:
-        return Address(self._loss, LOSS)
+    def _loss_address(self) -> int:
+        return _address(self._loss, LOSS)
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
