@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+FIRST = {"README", "five-minutes", "your-own"}  # the other pages play with the slow proofs
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
 
@@ -20,7 +21,9 @@ def run(command, folder):
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=() if p.stem in FIRST else pytest.mark.slow) for p in PAGES]
+)
 def test_snippets_run(page, tmp_path):
     """Files are written, commands exit with 0, and Python runs, in the order of the page."""
     (tmp_path / "scenarios").symlink_to(ROOT / "scenarios")
