@@ -67,17 +67,19 @@ class Watch:
         """Let rank 0 end the job with this message; returns where it cannot be told (soon, anyway)."""
         if self._transport.rank == 0:
             self._end_job(message, None)
-        text = message.encode()[:MOST]
-        with contextlib.suppress(OSError):
-            self._send(self._peers[0].connection, FAILED, text)
-            time.sleep(5.0)  # rank 0 ends us
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):
+                self._send(peer.connection, FAILED, message.encode()[:MOST])
+                time.sleep(5.0)  # rank 0 ends us
 
     def close(self) -> None:
-        """Say goodbye: from here on, nobody is missed."""
+        """Say goodbye: from here on, nobody is missed. The thread ends here, not while Python takes itself apart."""
         self._done = True
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             with contextlib.suppress(OSError):
                 self._send(peer.connection, BYE)
+                peer.connection.shutdown(socket.SHUT_RD)  # wakes the thread
+        self._thread.join(5.0)
 
     def _listen(self) -> dict[int, _Peer]:
         token = secrets.token_bytes(32)
@@ -126,7 +128,7 @@ class Watch:
             peer.connection.settimeout(2.0)
             selector.register(peer.connection, selectors.EVENT_READ, peer)
         next_sign = 0.0
-        while not self._done:
+        while self._peers and not self._done:
             if time.monotonic() >= next_sign:
                 next_sign = time.monotonic() + self._every
                 for peer in list(self._peers.values()):

@@ -306,7 +306,7 @@ def test_run_plays_a_scenario_with_a_sweep_too(tmp_path):
 def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
     """SIGINT ends the workers at a checkpoint; nothing that was done is lost, and no process is left."""
     scenario = GRID | {
-        "schedule": {"horizon": 200_000},
+        "schedule": {"horizon": 2_000_000},
         "record": {"every": 100},
         "sweep": {"algorithm.eta": [0.1, 0.2]},
     }
