@@ -60,6 +60,15 @@ def test_a_value_counts_from_where_it_is_kept(tmp_path):
     assert row["bytes"] == 30
 
 
+def test_the_goal_that_nobody_named_is_not_where_runs_begin(tmp_path):
+    """A power of ten that all reach; where a run starts below it, the worst end in two digits: nobody pays 0."""
+    far = study(tmp_path / "far", [("A", 0, [5.0, 0.3, 0.03])])
+    near = study(tmp_path / "near", [("A", 0, [0.9, 0.8, 0.6789])])
+    assert far.compare().attrs["goal"] == 0.1
+    assert near.compare().attrs["goal"] == 0.68
+    assert near.compare().loc["A", "bytes"] == 20
+
+
 def test_what_is_not_reached_is_said_and_never_a_number(tmp_path):
     """With one of three runs short of the goal there is no median, and the table says one of three."""
     runs = [("A", 0, [9, 1]), ("A", 1, [9, 1]), ("A", 2, [9, 8]), ("B", 0, [9, 1])]

@@ -61,8 +61,8 @@ def compare(
             where more is better (accuracies, rates of success).
         at: (cost, amount): the metrics by the time that much was spent, the last ones observed.
         reference: the variant that the others are paired with (default the first).
-        Without either, `to` is the smallest power of ten of the first metric that all finished runs reach, or `at`
-        the last common round where loads of experts were recorded.
+        Without either, `to` is the smallest power of ten of the first metric that all finished runs reach (a number
+        of two digits where one starts there), or `at` the last common round where loads of experts were recorded.
 
     Returns:
         A frame by variant. `runs`; with `to` how many `reached` the value; how many `diverged`; with `at` how many
@@ -223,4 +223,8 @@ def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
     if metric is None or not (np.isfinite(worst) and worst > 0):
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
-    return metric, float(10.0 ** np.ceil(np.log10(worst)))
+    goal = float(10.0 ** np.ceil(np.log10(worst)))
+    if goal < min(float(run.metrics[metric].iloc[0]) for run in runs):
+        return metric, goal
+    digit = 10.0 ** (np.floor(np.log10(worst)) - 1)  # where runs start: two digits tell them apart
+    return metric, float(f"{np.ceil(worst / digit) * digit:.1e}")
