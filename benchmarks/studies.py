@@ -30,7 +30,7 @@ def main() -> None:
         begun = time.perf_counter()
         study.compare(at=("round", 1000))
         compared = time.perf_counter() - begun
-        print(f"{RUNS} runs, {rows} rows: the bare bytes {bare:.2f} s, loaded {loaded:.2f} s, compared {compared:.2f} s")
+        print(f"{RUNS} runs, {rows} rows: bare bytes {bare:.2f} s, loaded {loaded:.2f} s, compared {compared:.2f} s")
 
 
 def _study(root: Path) -> Path:

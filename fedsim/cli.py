@@ -429,7 +429,7 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
         except InputError as error:
             print(error)
     else:
-        last = result.summary()["last"]
+        last = result.runs[0].summary()["last"]
         print("  ".join(f"{name}={value:.6g}" for name, value in last.items() if value))
     from fedsim.privacy.statement import statement
 

@@ -303,6 +303,15 @@ def test_run_plays_a_scenario_with_a_sweep_too(tmp_path):
     assert numbered(load_study(GRID)) == {"cells": (0, 2)}
 
 
+def test_a_pick_that_reports_one_run_prints_it(tmp_path):
+    """One variant on one seed: the command ends with the run's last row."""
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"sweep": {"algorithm.eta": [0.1, 0.2]}, "select": TUNED["select"]}))
+    done = CliRunner().invoke(app, ["sweep", str(file), "--folder", str(tmp_path / "out"), "--no-plot"])
+    assert done.exit_code == 0, done.exception
+    assert "round=12" in done.stdout
+
+
 def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
     """SIGINT ends the workers at a checkpoint; nothing that was done is lost, and no process is left."""
     scenario = GRID | {
