@@ -273,7 +273,7 @@ def plot(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs or studies, drawn together.")],
     metric: Annotated[list[str] | None, typer.Option(help="What to draw; repeat for more rows.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Cost column; repeat for more panels.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File without suffix.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf; without suffix, all.")] = None,
     theory: Annotated[bool, typer.Option(help="Draw the guarantee.")] = True,
     width: Annotated[str | None, typer.Option(help="Of the page: column, text, or inches.")] = None,
 ) -> None:

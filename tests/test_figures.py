@@ -1,5 +1,6 @@
 """Figures for papers: their size, marks, bands, legends and notes; the same results give the same files."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 
@@ -33,6 +34,33 @@ def test_a_figure_has_the_width_of_the_page_and_one_legend(many, tmp_path):
         box = re.search(rb"/MediaBox \[ *0 0 ([\d.]+)", pdf.read_bytes())
         assert float(box.group(1)) == pytest.approx(72 * inches)
         assert [word for word in words(svg) if word.startswith("V")] == [f"V{v}" for v in range(10)]
+
+
+def test_a_name_with_a_format_is_one_file(many, tmp_path):
+    """`out="figure.pdf"` writes that file and no other."""
+    out = tmp_path / "figures" / "figure.pdf"
+    assert many.plot(out=out) == [out]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_large_costs_do_not_run_into_each_other(tmp_path):
+    """Millions of bytes under a panel of 2.2 in are written with M, and no two labels touch."""
+    import matplotlib.pyplot as plt
+
+    from fedsim.results.plots import _STYLE, _Drawn, _panel
+
+    found = study(tmp_path, [("A", 0, [9, 5, 1])])
+    for run in found.runs:
+        run.metrics["bytes"] *= 1_234_567
+    with plt.rc_context(rc=_STYLE):
+        figure, axis = plt.subplots(figsize=(2.2, 2))
+        _panel(axis, _Drawn(found.runs, {"A": found.runs}), "loss", "bytes", theory=False)
+        figure.canvas.draw()
+        labels = [label for label in axis.get_xticklabels() if label.get_text()]
+        boxes = sorted(label.get_window_extent().extents.tolist() for label in labels)
+    plt.close(figure)
+    assert all(label.get_text()[-1] in "M0" for label in labels)
+    assert all(left[2] < right[0] for left, right in itertools.pairwise(boxes))
 
 
 def test_lines_are_told_apart_by_more_than_colour(many, tmp_path):

@@ -52,9 +52,9 @@ class Drawn(StudyResult):
 
 
 def embedded(draw: Callable[[Path], Sequence[Path]], alt: str, caption: str, wide: bool = False) -> Picture | None:
-    """Draw by `draw(stem)`, which returns the files it wrote, and carry the SVG inside the page."""
+    """Draw by `draw(file)`, which returns the files it wrote, and carry the SVG inside the page."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [file for file in draw(Path(folder) / "picture") if file.suffix == ".svg"]
+        files = [file for file in draw(Path(folder) / "picture.svg") if file.suffix == ".svg"]
         if not files:
             return None
         text = METADATA.sub("", files[0].read_text(), count=1)

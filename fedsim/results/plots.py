@@ -66,7 +66,8 @@ def plot(
         result: one, or several to draw together.
         metric: default `distance`, where it was recorded, else `loss`; logarithmic where it is positive.
         against: default `communications` and `gradients`.
-        out: file without suffix; default `plots/METRIC` in the (first) result's folder.
+        out: one file, `.png`, `.svg` or `.pdf`, or a name without suffix for all three; default `plots/METRIC` in the
+            (first) result's folder.
         goal: a level of the metric; the text under the picture says what each variant paid to reach it.
             Default: the smallest power of ten that all variants reach.
         theory: draw the algorithm's guarantee against time or gradients.
@@ -151,7 +152,7 @@ def _draw(
         figure.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False)
         if notes:
             figure.supxlabel(_wrapped(notes, inches), fontsize=7.5)
-        files = _save(figure, out, (".png", ".svg", ".pdf"))
+        files = _save(figure, out, FORMATS)
         plt.close(figure)
     return files
 
@@ -212,8 +213,17 @@ def _panel(axis: Axes, drawn: _Drawn, metric: str, cost: str, theory: bool) -> N
     if _positive(drawn.runs, metric):
         axis.set_yscale("log")
     _keep_in_view(axis, drawn.runs, metric)
+    _count(axis, max(float(run.metrics[cost].iloc[-1]) for run in drawn.runs))
     axis.set_xlabel(TITLES.get(cost, cost))
     axis.grid(True, which="major", alpha=0.25, linewidth=0.6)
+
+
+def _count(axis: Axes, last: float) -> None:
+    """Write large costs with k, M, G: long numbers run into each other under narrow panels."""
+    from matplotlib.ticker import EngFormatter
+
+    if last >= MANY:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _keep_in_view(axis: Axes, runs: Sequence[Result], metric: str) -> None:
@@ -295,9 +305,10 @@ def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _save(figure: Any, stem: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.parent / (stem.name + suffix) for suffix in suffixes]
+def _save(figure: Any, out: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
+    """Write the figure as one file, where `out` names its format, else in all that are usual."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = [out] if out.suffix in FORMATS else [out.parent / (out.name + suffix) for suffix in suffixes]
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same results give the same files
     for file in files:
         figure.savefig(file, metadata=undated.get(file.suffix))
@@ -348,6 +359,8 @@ def _common_goal(result: Result | StudyResult, metric: str) -> float | None:
     return float(level) if level < start else None
 
 
+FORMATS = (".png", ".svg", ".pdf")
+MANY = 1e4  # from which a cost is a large one
 BLOWN = 1e4  # how many times its start a metric may grow before it is out of view
 HUGE = 1e100
 _PAPER: Any = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2}
