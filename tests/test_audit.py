@@ -123,6 +123,29 @@ def test_sampled_and_user_level_mechanisms_are_audited():
     assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(4000))
 
 
+def local_steps(**privacy):
+    return prepared(
+        {**ALGORITHM, "kind": "diff2_bvr_l_sgd", "eta": 0.3, "local_steps": 4, "batch_rate": 0.3, "clip_local": 1.0},
+        DATA, {"multipliers": {"refresh": 4.0, "difference": 4.0, "local": 1.0}, "relation": "zero_out", **privacy},
+        n=2, rounds=20,
+    )  # fmt: skip
+
+
+def test_local_releases_are_heard(monkeypatch):
+    """BVR-L-SGD's local steps: their shift is the claimed one; half of their noise alone breaks the claim."""
+    verdict = audit(local_steps(), 8000)
+    assert verdict.broken is None
+    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(4000))
+    assert verdict.shift_claimed == pytest.approx(0.3 * math.sqrt(10 * 3))  # q/z, ten turns of three releases
+    assert verdict.shift_measured == pytest.approx(verdict.shift_claimed, rel=0.1)
+    kept = noise.Noise.normal
+    monkeypatch.setattr(noise.Noise, "normal", lambda *a: kept(*a) / 2)
+    verdict = audit(local_steps(), 8000)
+    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(4000))
+    assert verdict.shift_measured == pytest.approx(2 * verdict.shift_claimed, rel=0.15)
+    assert "the shift of sampled releases is" in verdict.broken
+
+
 def test_the_command_audits_a_run_and_its_books(tmp_path):
     """`fedsim audit RUN` ends with 0 and writes audit.json; a doctored ledger or report ends with 1; others with 2."""
     content = scenario(ALGORITHM, DATA, {"epsilon": 1.0}, n=2, rounds=10)

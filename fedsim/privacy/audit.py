@@ -23,14 +23,15 @@ from fedsim.privacy.canaries import Canaries
 from fedsim.privacy.guard import Guard
 from fedsim.privacy.ledger import FILE, Ledger, read
 from fedsim.privacy.plan import multipliers
+from fedsim.privacy.requests import Perturb, Release
 
 if TYPE_CHECKING:
     from fedsim.prepare import Prepared
-    from fedsim.privacy.requests import Release
     from fedsim.privacy.section import Privacy
 
 ERROR, LEAST_SLACK = 0.05, 0.05
 PER_WORKER = 40
+DIFFERENCES = ("difference", "local")  # releases of clipped differences of gradients
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Verdict:
 
     Attributes:
         claimed: epsilon of the releases, by the accountant. certified: lower bound with 95 % confidence.
-        mu_claimed, mu_measured: of the Gaussian releases attacked (nan where records are sampled).
+        mu_claimed, mu_measured: of the releases without sampling (nan where there are none).
+        shift_claimed, shift_measured: how far one record moves the sampled releases, in standard deviations of their
+            noise, on average over its being drawn (nan where there are none).
         trials: canaries played. delta: of both epsilons. broken: what is wrong, or None.
     """
 
@@ -47,6 +50,8 @@ class Verdict:
     certified: float
     mu_claimed: float
     mu_measured: float
+    shift_claimed: float
+    shift_measured: float
     trials: int
     delta: float
     broken: str | None
@@ -59,6 +64,8 @@ class Verdict:
         ]
         if math.isfinite(self.mu_measured):
             lines.append(f"measured   mu = {self.mu_measured:.4g}, claimed {self.mu_claimed:.4g}")
+        if math.isfinite(self.shift_measured):
+            lines.append(f"sampled    shift = {self.shift_measured:.4g}, claimed {self.shift_claimed:.4g}")
         return "\n".join([*lines, f"BROKEN     {self.broken}" if self.broken else "nothing contradicts the claim"])
 
 
@@ -114,91 +121,147 @@ def audit(p: Prepared, trials: int = 10_000, seed: int = 0, rounds: int | None =
     z = multipliers(privacy, p.algorithm.plan(p.setting))  # type: ignore[attr-defined] - prepare refuses others
     groups = ("all",) if privacy.unit == "user" else ("first", "last")
     found = [_attacked(p, privacy, z, group, trials // len(groups), seed, rounds) for group in groups]
-    error = ERROR / len(groups)
-    certified = max(certified_epsilon(s, u, privacy.delta, error) for s, u, _ in found)
-    plays = [plays for _, _, plays in found]
-    mu, claimed = plays[0].mu, plays[0].claimed
-    measured = math.nan if plays[0].sampled else max(separation(s, u) for s, u, _ in found)
-    count = sum(len(u) for _, u, _ in found)
-    broken = _broken(claimed, certified, mu, measured, count / len(groups))
-    return Verdict(claimed, certified, mu, measured, count, privacy.delta, broken)
+    claimed, error = found[0].claimed, ERROR / len(groups)
+    certified = max(certified_epsilon(f.statistic, f.upper, privacy.delta, error) for f in found)
+    mu, shift = (max((_distance(f, kind) for f in found), key=lambda d: d.measured) for kind in ("plain", "sampled"))
+    broken = (
+        f"epsilon is at least {certified:.4g}, more than the claimed {claimed:.4g}" if certified > claimed else None
+    )
+    return Verdict(
+        claimed,
+        certified,
+        mu.claimed,
+        mu.measured,
+        shift.claimed,
+        shift.measured,
+        sum(len(f.upper) for f in found),
+        privacy.delta,
+        broken or _too_far("mu", mu) or _too_far("the shift of sampled releases", shift),
+    )
 
 
-def _broken(claimed: float, certified: float, mu: float, measured: float, count: float) -> str | None:
-    if certified > claimed:
-        return f"epsilon is at least {certified:.4g}, more than the claimed {claimed:.4g}"
-    slack = max(LEAST_SLACK, 4 * 2 / (math.sqrt(count) * mu)) if mu else LEAST_SLACK
-    if measured > mu * (1 + slack):
-        return f"mu is {measured / mu:.3g} times what is claimed: too little noise, or records that weigh too much"
-    return None
+@dataclass(frozen=True)
+class _Distance:
+    """How far apart the two cases lie, in standard deviations: as claimed, as measured, and the measure's own error."""
+
+    claimed: float
+    measured: float
+    error: float
+
+
+def _distance(found: _Found, kind: str) -> _Distance:
+    """Measure on the releases without sampling (`plain`), or on those with, whose noise the canaries left out show."""
+    tally, upper = found.tallies[kind], found.upper
+    heard = tally.square > 0
+    if not heard.any():
+        return _Distance(math.nan, math.nan, math.nan)
+    statistic, mu, upper = tally.sum[heard] / np.sqrt(tally.square[heard]), np.sqrt(tally.square[heard]), upper[heard]
+    if kind == "plain":
+        return _Distance(float(mu.mean()), separation(statistic, upper), 2 / math.sqrt(len(upper)))
+    moved, noise = statistic / mu * mu.mean(), float(statistic[~upper].std(ddof=1))
+    shift = (moved[upper].mean() - moved[~upper].mean()) / noise
+    error = math.sqrt(moved[upper].var() / upper.sum() + moved[~upper].var() / (~upper).sum()) / noise
+    return _Distance(float(mu.mean()), float(shift), error + shift / math.sqrt(2 * (~upper).sum()))
+
+
+def _too_far(name: str, distance: _Distance) -> str | None:
+    slack = max(LEAST_SLACK * distance.claimed, 4 * distance.error)
+    if not distance.measured > distance.claimed + slack:
+        return None
+    times = distance.measured / distance.claimed
+    return f"{name} is {times:.3g} times what is claimed: too little noise, or records that weigh too much"
+
+
+@dataclass
+class _Tally:
+    """Sums over releases, per canary `[m]`: weight times what was heard in units of its noise, and weight squared.
+
+    A weight is how far a canary moves a release, in the same units: the rate of sampling over the multiplier.
+    """
+
+    sum: NDArray[np.float64]
+    square: NDArray[np.float64]
+
+    def add(self, canaries: NDArray[np.bool_], weight: float, heard: NDArray[np.float64]) -> None:
+        """Add one release that some of the canaries are in."""
+        self.sum[canaries] += weight * heard[canaries]
+        self.square[canaries] += weight**2
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was heard of all canaries of a group: log-likelihood ratios in standard deviations, tallies, sides."""
+
+    statistic: NDArray[np.float64]
+    tallies: dict[str, _Tally]
+    upper: NDArray[np.bool_]
+    claimed: float
 
 
 def _attacked(
     p: Prepared, privacy: Privacy, z: dict[str, float], group: str, trials: int, seed: int, rounds: int
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], _Play]:
-    """Return statistics, sides and the last play of about `trials` canaries of one group."""
-    statistics, sides, done, repeat = [], [], 0, 0
-    while True:
-        play = _Play(p, privacy, z, group, seed + 1000 * repeat + (group == "last"))
-        statistics.append(play.statistic(rounds))
-        sides.append(play.upper)
-        done, repeat = done + len(play.upper), repeat + 1
-        if done >= trials:
-            return np.concatenate(statistics), np.concatenate(sides), play
+) -> _Found:
+    """Return what about `trials` canaries of one group give away."""
+    plays: list[_Play] = []
+    while sum(len(play.upper) for play in plays) < trials or not plays:
+        plays.append(_Play(p, privacy, z, group, seed + 1000 * len(plays) + (group == "last"), rounds))
+    tallies = {
+        kind: _Tally(
+            np.concatenate([play.tallies[kind].sum for play in plays]),
+            np.concatenate([play.tallies[kind].square for play in plays]),
+        )
+        for kind in plays[0].tallies
+    }
+    square = sum((tally.square for tally in tallies.values()), np.zeros(1))
+    total = sum((tally.sum for tally in tallies.values()), np.zeros(1)) / np.sqrt(np.where(square > 0, square, 1.0))
+    return _Found(total, tallies, np.concatenate([play.upper for play in plays]), plays[0].claimed)
 
 
 class _Play:
     """One play of the mechanism, with canaries on random sides; an observer listens to every release.
 
     Attributes:
-        upper: `[m]`, which canaries are in their first form. mu, claimed: of the releases heard, and of all.
-        sampled: whether some of those heard were sampled.
+        upper: `[m]`, which canaries are in their first form. tallies: of releases without sampling, and with.
+        claimed: epsilon of all releases, by the ledger.
     """
 
-    def __init__(self, p: Prepared, privacy: Privacy, z: dict[str, float], group: str, seed: int) -> None:
+    def __init__(self, p: Prepared, privacy: Privacy, z: dict[str, float], group: str, seed: int, rounds: int) -> None:
         from fedsim.engine.layout import Layout
         from fedsim.engine.rounds import Rounds
 
-        owners = _owners(p, privacy)
-        self.upper = np.random.default_rng(seed).random(len(owners)) < 0.5
+        self._owners = _owners(p, privacy)
+        self.upper = np.random.default_rng(seed).random(len(self._owners)) < 0.5
         side = np.where(self.upper, 1.0, -1.0 if privacy.relation == "replace_one" else 0.0)
-        problem = Canaries(p.problem.records, p.problem.shares, side, owners, at_end=group == "last")
+        self._problem = Canaries(p.problem.records, p.problem.shares, side, self._owners, at_end=group == "last")
         layout = Layout(p.topology)
-        self._guard = Guard(privacy, z, problem, layout, seed)
+        self._guard = Guard(privacy, z, self._problem, layout, seed)
         self._guard.taps.append(self._listen)
-        x0 = torch.zeros(layout.rows, problem.dim, dtype=torch.float64)
+        self._rows, self._local, self._z = p.topology.position[self._owners], privacy.trust == "local", z
+        self.tallies = {kind: _Tally(np.zeros(len(side)), np.zeros(len(side))) for kind in ("plain", "sampled")}
+        x0 = torch.zeros(layout.rows, self._problem.dim, dtype=torch.float64)
         algorithm: Any = p.algorithm
-        self._player = Rounds(algorithm, problem, layout, {}, x0, seed, guard=self._guard)
-        self._rows = p.topology.position[owners] if privacy.trust == "local" else np.zeros(len(owners), np.int64)
-        self._local, self._z, self.sampled = privacy.trust == "local", z, False
-        self._sum, self._square = np.zeros(len(owners)), 0.0
-        self._before = self._now = np.zeros(len(owners))
-
-    def statistic(self, rounds: int) -> NDArray[np.float64]:
-        """Return each canary's log-likelihood ratio, up to a constant, in standard deviations: `[m]`."""
-        self._player.start()
-        for number in range(rounds):
-            self._before, self._now = self._now, self._player.outputs()[0].numpy()
-            self._player.advance(number + 1)
+        player = Rounds(algorithm, self._problem, layout, {}, x0, seed, guard=self._guard)
+        player.start()
+        player.advance(rounds)
         assert self._guard.ledger is not None
-        self.mu, self.claimed = math.sqrt(self._square), self._guard.ledger.epsilon()
-        return self._sum / self.mu
+        self.claimed = self._guard.ledger.epsilon()
 
-    def _listen(self, release: Release, seen: NDArray[np.float64]) -> None:
-        """Add what one release says of every canary: its value along the canary's sign, over noise and multiplier."""
-        charge = release.charge
-        sign: Any = -1.0 if charge.name == "model" else 1.0  # models move against gradients
-        if charge.name == "difference":
-            sign = np.sign(self._now - self._before)
-        value = seen[self._rows, np.arange(len(self._rows))]
-        if self._local:
-            noise: Any = self._guard.message_deviations(charge, release.radius)[self._rows]
+    def _listen(self, request: Release | Perturb, seen: NDArray[np.float64]) -> None:
+        """Add what one release says of every canary: its value along the canary's sign, over its noise."""
+        charge, guard, everybody = request.charge, self._guard, np.zeros_like(self._rows)
+        rows, canaries = self._rows, np.ones(len(self._rows), bool)
+        if isinstance(request, Perturb):
+            noise, canaries = guard.row_deviations(charge, request.radius), self._owners == charge.worker
+        elif self._local:
+            noise = guard.message_deviations(charge, request.radius)
         else:
-            noise = self._guard.deviation(charge, release.radius)
-        z = self._z[charge.name]
-        self._sum += sign * value / noise / z
-        self._square += z**-2
-        self.sampled = self.sampled or charge.rate < 1
+            noise, rows = np.array([guard.deviation(charge, request.radius)]), everybody
+        sign: Any = -1.0 if charge.name == "model" else 1.0  # models move against gradients
+        if charge.name in DIFFERENCES:
+            sign = self._problem.sign.numpy()
+        heard = sign * seen[rows, np.arange(len(rows))] / np.where(noise > 0, noise, 1.0)[rows]
+        tally = self.tallies["sampled" if charge.rate < 1 else "plain"]
+        tally.add(canaries, charge.rate / self._z[charge.name], heard)
 
 
 def _owners(p: Prepared, privacy: Privacy) -> NDArray[np.int64]:

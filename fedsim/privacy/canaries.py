@@ -25,6 +25,9 @@ class Canaries(Problem):
     Args:
         records, shares: of the audited problem. side: `[m]`, +1, -1 or 0 (the record is left out).
         owners: `[m]`, the worker of each canary. at_end: canaries are their worker's last records, not its first.
+
+    Attributes:
+        sign: `[m]`, which way the last clipped term points of canaries on side +1; observers know it, too.
     """
 
     kind = "canaries"
@@ -40,6 +43,7 @@ class Canaries(Problem):
         self.n, self.dim, self.records = len(records), len(side), records
         self.scale = shares * self.n
         self.side, self.owners, self.at_end = torch.from_numpy(side), owners, at_end
+        self.sign = torch.ones(self.dim, dtype=torch.float64)
 
     def raw(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the canaries' gradients are before their sides, `[..., m]`."""
@@ -78,14 +82,15 @@ class CanaryRecords:
         there = torch.from_numpy(places >= 0)
         chosen = torch.from_numpy(np.maximum(places, 0))
         values = torch.where(there, (self._problem.side * self._problem.raw(x))[chosen], 0.0)
-        return OneCoordinateEach(values, chosen, self._problem.dim)
+        self._problem.sign = torch.ones_like(x)
+        return OneCoordinateEach(values, chosen, self._problem, x)
 
 
 class OneCoordinateEach(Signals):
-    """Gradients with one entry each: `values [m]` at `places [m]`."""
+    """Gradients with one entry each: `values [m]` at `places [m]`, taken at the point `x [dim]`."""
 
-    def __init__(self, values: torch.Tensor, places: torch.Tensor, dim: int) -> None:
-        self._values, self._places, self._dim = values, places, dim
+    def __init__(self, values: torch.Tensor, places: torch.Tensor, problem: Canaries, x: torch.Tensor) -> None:
+        self._values, self._places, self._problem, self._x = values, places, problem, x
 
     def squared_norms(self) -> torch.Tensor:
         """Return `[m, 1]`."""
@@ -93,12 +98,14 @@ class OneCoordinateEach(Signals):
 
     def sum(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum `[dim]`."""
-        return torch.zeros(self._dim, dtype=torch.float64).index_add_(0, self._places, weights[:, 0] * self._values)
+        found = torch.zeros(self._problem.dim, dtype=torch.float64)
+        return found.index_add_(0, self._places, weights[:, 0] * self._values)
 
     def scaled(self, factors: torch.Tensor) -> OneCoordinateEach:
         """Return the scaled gradients."""
-        return OneCoordinateEach(self._values * factors[:, 0], self._places, self._dim)
+        return OneCoordinateEach(self._values * factors[:, 0], self._places, self._problem, self._x)
 
     def minus(self, other: Any) -> OneCoordinateEach:
         """Return the differences."""
-        return OneCoordinateEach(self._values - other._values, self._places, self._dim)
+        self._problem.sign = torch.sign(self._x - other._x)
+        return OneCoordinateEach(self._values - other._values, self._places, self._problem, self._x)

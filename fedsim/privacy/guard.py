@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedsim.privacy.section import Privacy
     from fedsim.problems.problem import Problem
 
-Tap = Callable[[Release, NDArray[np.float64]], None]
+Tap = Callable[[Release | Perturb, NDArray[np.float64]], None]
 
 
 class PrivacyBudgetExceeded(Spent):
@@ -168,13 +168,21 @@ class Guard:
         self._paid(first)
         if self.privacy is None:
             return [r.v for r in requests]
-        p, charge, nodes = self.privacy, first.charge, self._layout.nodes
-        drawn = torch.from_numpy(self._noise.normal(charge.name, self._step(first), first.v.shape[1]))
-        radius = torch.cat([r.radius for r in requests]).double()
-        unit = torch.from_numpy((nodes == charge.worker) / (charge.rate * self._records[nodes]))[:, None]
-        noise = self.multipliers[charge.name] * p.factor * radius * unit * drawn
-        parts = noise.to(first.v.dtype).split([len(r.v) for r in requests])
-        return [r.v + part for r, part in zip(requests, parts, strict=True)]
+        v, radius = torch.cat([r.v for r in requests]), torch.cat([r.radius for r in requests])
+        whole = Perturb(first.round, v, first.charge, radius)
+        drawn = torch.from_numpy(self._noise.normal(first.charge.name, self._step(first), first.v.shape[1]))
+        noise = torch.from_numpy(self.row_deviations(first.charge, whole.radius))[:, None] * drawn
+        noisy = whole.v + noise.to(first.v.dtype)
+        for tap in self.taps:
+            tap(whole, noisy.double().numpy())
+        return list(noisy.split([len(r.v) for r in requests]))
+
+    def row_deviations(self, charge: Charge, radius: torch.Tensor) -> NDArray[np.float64]:
+        """Return the standard deviation that each row of a `Perturb` gets, `[rows]`; 0 where it is not the worker's."""
+        assert self.privacy is not None
+        nodes = self._layout.nodes
+        unit = (nodes == charge.worker) / (charge.rate * self._records[nodes])
+        return self.multipliers[charge.name] * self.privacy.factor * unit * radius[:, 0].double().numpy()
 
     def _subsample(self, first: Subsample, network: LocalNetwork) -> list[Any]:
         charge, blocks = first.charge, network.blocks
