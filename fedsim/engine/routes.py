@@ -147,9 +147,9 @@ def _addresses(rows: torch.Tensor) -> Ints:
 
 def _placed(places: Ints, like: torch.Tensor) -> torch.Tensor:
     """Return the rows that begin at these addresses, shaped like those of `like`."""
-    made = torch.empty((len(places), *like.shape[1:]), dtype=like.dtype)
-    _copy_runs(places, _width(like), made.data_ptr())
-    return made
+    made = np.empty((len(places), *like.shape[1:]), like.numpy().dtype)  # NumPy asks for huge pages, torch does not
+    _copy_runs(places, _width(like), made.ctypes.data)
+    return torch.from_numpy(made)
 
 
 @intrinsic
