@@ -41,6 +41,9 @@ def starts(layout: Layout, ends: Ints) -> Ints:
 class Gossip:
     """The exchanges of one rank's rows.
 
+    A message lies where its row keeps what it sent last: it is sent, or taken by the other end, before this thread,
+    the only one that tells, lets the row tell anything else.
+
     Args:
         row: `[n]`, the row of each node number, negative elsewhere. ends: `[m, 2]` node numbers. side: from `starts`.
         lock: held while the state is touched; gradients take it too.
@@ -107,7 +110,7 @@ class Gossip:
             self._log.add(int(self._nodes[row]), OFFER, t, edge, number)
         frame = Frame(mesh.OFFER, edge, number, depth, m)
         if self._row[self._ends[edge, 1 - self._side[edge]]] >= 0:
-            self._offered(frame._replace(m=m.copy()))
+            self._offered(frame)
         else:
             self._mesh.send(int(self._owner[edge, 1 - self._side[edge]]), frame)
 
@@ -123,7 +126,6 @@ class Gossip:
         with self._lock:
             t = self._now()
             m, depth = self._moves.tell(row, t)
-            m = m.copy()
             self.finite &= self._moves.end(row, t, edge, first, frame.m, frame.depth)
             self._log.add(int(self._nodes[row]), ACCEPT, t, edge, frame.number)
         if first:

@@ -19,7 +19,7 @@ from fedsim.transport.transport import Transport
 from fedsim.watch import addresses, connect, exactly
 
 HELLO = struct.Struct("<32si")
-FRAME = struct.Struct("<ciqq")  # kind, edge, number of the offer, depth
+FRAME = struct.Struct("<c3xiqq")  # kind, edge, number of the offer, depth; the numbers behind it lie aligned
 OFFER, ANSWER, QUIET = b"o", b"a", b"q"
 REACH = 20.0  # seconds in which all connections must stand
 
@@ -47,7 +47,7 @@ class Mesh:
         self.sent = 0
         self._selector = selectors.DefaultSelector()
         self._connections = self._connect(transport, peers)
-        self._parts = {rank: bytearray() for rank in self._connections}
+        self._inbox = {rank: (np.empty(self._size, np.uint8), 0) for rank in self._connections}
         for rank, connection in self._connections.items():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(30.0)
@@ -60,10 +60,15 @@ class Mesh:
 
     def send(self, rank: int, frame: Frame) -> None:
         """Send a frame; blocks while the peer's buffer is full."""
-        body = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
-        self.sent += self._size if frame.kind != QUIET else FRAME.size
+        head = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
+        body = frame.m.data.cast("B") if frame.kind != QUIET else memoryview(b"")
+        self.sent += len(head) + len(body)
         try:
-            self._connections[rank].sendall(body if frame.kind == QUIET else body + frame.m.tobytes())
+            begun = self._connections[rank].sendmsg([head, body])
+            if begun < len(head):
+                self._connections[rank].sendall(head[begun:])
+            if begun < len(head) + len(body):
+                self._connections[rank].sendall(body[max(0, begun - len(head)) :])
         except OSError as error:
             raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
 
@@ -74,27 +79,32 @@ class Mesh:
             RunError: a connection is closed, or what came is no frame.
         """
         for key, _ in self._selector.select(max(wait, 0.0)):
-            rank, parts = key.data, self._parts[key.data]
+            rank = key.data
+            buffer, filled = self._inbox[rank]
             try:
-                part = self._connections[rank].recv(1 << 20)
+                more = self._connections[rank].recv_into(buffer[filled:].data)
             except OSError as error:
                 raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
-            if not part:
+            if not more:
                 raise RunError(f"rank {rank} is gone in the middle of a live run")
-            parts += part
-            yield from ((rank, frame) for frame in self._frames(rank, parts))
+            self._inbox[rank] = buffer, filled + more
+            yield from ((rank, frame) for frame in self._frames(rank))
 
-    def _frames(self, rank: int, parts: bytearray) -> Iterator[Frame]:
-        while len(parts) >= FRAME.size:
-            kind, edge, number, depth = FRAME.unpack_from(parts)
+    def _frames(self, rank: int) -> Iterator[Frame]:
+        """Take whole frames out of what a rank has sent: its numbers stay where they were received."""
+        buffer, filled = self._inbox[rank]
+        while filled >= FRAME.size:
+            kind, edge, number, depth = FRAME.unpack_from(buffer.data)
             if kind not in (OFFER, ANSWER, QUIET):
                 raise RunError(f"rank {rank} sent something that is no message of a live run")
             size = FRAME.size if kind == QUIET else self._size
-            if len(parts) < size:
+            if filled < size:
                 return
-            m = np.frombuffer(bytes(parts[FRAME.size : size]), self._dtype)
-            del parts[:size]
-            yield Frame(kind, edge, number, depth, m)
+            rest = np.empty(self._size, np.uint8)
+            rest[: filled - size] = buffer[size:filled]
+            self._inbox[rank] = rest, filled - size
+            yield Frame(kind, edge, number, depth, buffer[FRAME.size : size].view(self._dtype))
+            buffer, filled = self._inbox[rank]
 
     def close(self) -> None:
         """Close all connections."""
