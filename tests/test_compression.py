@@ -254,3 +254,26 @@ def test_a_mistake_in_ones_own_compressor_is_named(tmp_path, how, message):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=message):
         prepare(only_run(tmp_path / "s.yaml"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", ["plain", "ties", "zero", "misleading", "not a number"])
+def test_a_sample_only_says_where_to_look(case, dtype):
+    """Of long rows the k largest are found as by sorting, ties to the lowest place, whatever a sample of them shows."""
+    rng, k = np.random.default_rng(3), 40
+    v = torch.from_numpy(rng.normal(size=(3, 8192))).to(dtype)
+    if case == "ties":
+        v = v.mul(2).round()
+    elif case == "zero":
+        v[1] = 0.0
+    elif case == "misleading":
+        v[:, ::64] *= 1e6  # the sample sees the large numbers only
+    elif case == "not a number":
+        v[2, 5000] = math.nan
+    packet = build({"kind": "top_k", "k": k}, "c").compress(v, draws(3), "test", [8192])
+    for row in range(3 if case != "not a number" else 2):
+        order = np.argsort(-v[row].abs().numpy(), kind="stable")
+        assert packet.places[row].tolist() == sorted(order[:k].tolist())
+        assert torch.equal(packet.values[row], v[row, torch.from_numpy(packet.places[row])])
+    assert (packet.places >= 0).all()
+    assert (packet.places < 8192).all()

@@ -146,17 +146,59 @@ class TopK(_Sparse):
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Find the k-th magnitude, then take what is above, and as many equal to it as fit."""
-        magnitude, begin, parts = v.abs(), 0, []
+        begin, parts = 0, []
         for size, k in self.kept(sizes):
-            part = magnitude[:, begin : begin + size].contiguous()
-            least = part.topk(k, dim=1, sorted=False).values.amin(dim=1)
-            parts.append(begin + _places(part.numpy(), least.numpy(), k))
+            parts.append(begin + _top(v[:, begin : begin + size].contiguous(), k))
             begin += size
         places = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         index = torch.from_numpy(places)
         values = self.narrow(v.gather(1, index))
-        dense = magnitude.zero_().scatter_(1, index, values.to(v.dtype))  # in memory that is at hand
+        dense = torch.zeros_like(v).scatter_(1, index, values.to(v.dtype))
         return SparsePacket(dense, values, places)
+
+
+STRIDE, FEW = 64, 32  # every so many-th number is sampled; where one of so many is kept, a sample pays
+
+
+def _top(v: torch.Tensor, k: int) -> NDArray[np.int64]:
+    """Return the places `[rows, k]` of the largest magnitudes, ascending.
+
+    Where k is small, a sample says above which magnitude to look, and only what lies there is sorted.
+    """
+    rows, dim = v.shape
+    if dim >= max(FEW * k, FEW * STRIDE):
+        guess = v[:, ::STRIDE].abs().topk(2 * k // STRIDE + 8, dim=1, sorted=False).values.amin(dim=1)
+        near, magnitude = np.zeros((rows, 4 * k + 1024), np.int64), np.full((rows, 4 * k + 1024), -1.0)
+        if _above(v.numpy(), guess.numpy(), k, near, magnitude):
+            return np.take_along_axis(near, _top_of(torch.from_numpy(magnitude), k), axis=1)
+    return _top_of(v.abs(), k)
+
+
+def _top_of(magnitude: torch.Tensor, k: int) -> NDArray[np.int64]:
+    least = magnitude.topk(k, dim=1, sorted=False).values.amin(dim=1)
+    return _places(magnitude.numpy(), least.numpy(), k)
+
+
+@njit(cache=True, error_model="numpy")
+def _above(v, guess, k, near, magnitude):  # pragma: no cover - compiled
+    """Write places and magnitudes of what is not below the guess; return whether that is enough, and fits."""
+    for row in range(len(v)):
+        used, least = 0, guess[row]
+        for begin in range(0, v.shape[1], 64):
+            end, hits = min(begin + 64, v.shape[1]), 0
+            for c in range(begin, end):
+                hits += not abs(v[row, c]) < least  # NaN is a hit, too
+            if hits == 0:
+                continue
+            if used + hits > near.shape[1]:
+                return False
+            for c in range(begin, end):
+                if not abs(v[row, c]) < least:
+                    near[row, used], magnitude[row, used] = c, abs(v[row, c])
+                    used += 1
+        if used < k:
+            return False
+    return True
 
 
 def _places(magnitude: NDArray, least: NDArray, k: int) -> NDArray[np.int64]:
