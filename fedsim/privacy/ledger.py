@@ -73,6 +73,7 @@ class Ledger:
         self._last: dict[tuple[int, str, int, int | None], Entry] = {}
         self._costs: Counter[tuple[float, float, int | None]] = Counter()
         self._square = np.zeros(len(self.exposure))  # sum of mu^2 per worker, of what is not sampled
+        self._sampled: dict[tuple[float, float], NDArray[np.int64]] = {}  # how often each worker is in what is
         self.sampled = False
         self._sink: IO[str] | None = None
         self.promised: Events | None = None
@@ -106,6 +107,9 @@ class Ledger:
         self.sampled = self.sampled or entry.rate < 1
         if entry.rate == 1:
             self._square += self._squares(entry)
+        else:
+            count = self._sampled.setdefault((entry.z, entry.rate), np.zeros(len(self.exposure), np.int64))
+            count[slice(None) if entry.worker is None else entry.worker] += 1
 
     def _squares(self, entry: Entry) -> NDArray[np.float64]:
         if entry.worker is None:
@@ -132,7 +136,21 @@ class Ledger:
         if not self.sampled and all(entry.rate == 1 for entry in entries):
             after = self._square + sum((self._squares(entry) for entry in entries), np.zeros_like(self._square))
             return float(after.max()) <= mu_of(budget * (1 + TOLERANCE), self.delta) ** 2
-        return self._fits_sampled(Counter(entry.cost for entry in entries), budget)
+        return self._as_promised(entries) or self._fits_sampled(Counter(entry.cost for entry in entries), budget)
+
+    def _as_promised(self, entries: Sequence[Entry]) -> bool:
+        """Return whether no worker is then in more than the plan that was calibrated has for the most exposed one."""
+        if not self.promised or (self.exposure < 1).any():
+            return False
+        square = self._square + sum((self._squares(e) for e in entries if e.rate == 1), np.zeros_like(self._square))
+        sampled = {kind: count.copy() for kind, count in self._sampled.items()}
+        for entry in entries:
+            if entry.rate < 1:
+                count = sampled.setdefault((entry.z, entry.rate), np.zeros_like(self._square, np.int64))
+                count[slice(None) if entry.worker is None else entry.worker] += 1
+        many = {(z, rate): count for z, rate, count in self.promised if rate < 1}
+        most = sum(count / z**2 for z, rate, count in self.promised if rate == 1)
+        return square.max() <= most and all(count.max() <= many.get(kind, 0) for kind, count in sampled.items())
 
     def _fits_sampled(self, extra: Counter[tuple[float, float, int | None]], budget: float) -> bool:
         """Ask the accountant as seldom as possible: what fits many times over fits once."""
