@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +69,7 @@ class Ledger:
     def __init__(self, delta: float, relation: str, exposure: Sequence[float], fresh: bool = False) -> None:
         self.delta, self.relation = delta, relation
         self.exposure = np.asarray(exposure, dtype=np.float64)
+        self._full = self.exposure**2
         self._fresh = fresh
         self.entries: list[Entry] = []
         self._last: dict[tuple[int, str, int, int | None], Entry] = {}
@@ -95,7 +97,7 @@ class Ledger:
         """Add releases, on disk first."""
         new = list(entries)
         if self._sink is not None and new:
-            self._sink.writelines(json.dumps(vars(entry)) + "\n" for entry in new)
+            self._sink.write("".join(map(_line, new)))
             self._pass_on(durable=self._fresh)
         for entry in new:
             self._add(entry)
@@ -112,8 +114,9 @@ class Ledger:
             count[slice(None) if entry.worker is None else entry.worker] += 1
 
     def _squares(self, entry: Entry) -> NDArray[np.float64]:
+        """Return what a release adds to every worker's mu^2, `[n]`."""
         if entry.worker is None:
-            return (self.exposure / entry.z) ** 2
+            return self._full / entry.z**2
         return np.where(np.arange(len(self.exposure)) == entry.worker, entry.z**-2, 0.0)
 
     def epsilon(self) -> float:
@@ -134,7 +137,7 @@ class Ledger:
     def fits(self, entries: Sequence[Entry], budget: float) -> bool:
         """Return whether these may be added without passing the budget."""
         if not self.sampled and all(entry.rate == 1 for entry in entries):
-            after = self._square + sum((self._squares(entry) for entry in entries), np.zeros_like(self._square))
+            after = sum((self._squares(entry) for entry in entries), self._square)
             return float(after.max()) <= mu_of(budget * (1 + TOLERANCE), self.delta) ** 2
         return self._as_promised(entries) or self._fits_sampled(Counter(entry.cost for entry in entries), budget)
 
@@ -142,7 +145,7 @@ class Ledger:
         """Return whether no worker is then in more than the plan that was calibrated has for the most exposed one."""
         if not self.promised or (self.exposure < 1).any():
             return False
-        square = self._square + sum((self._squares(e) for e in entries if e.rate == 1), np.zeros_like(self._square))
+        square = sum((self._squares(entry) for entry in entries if entry.rate == 1), self._square)
         sampled = {kind: count.copy() for kind, count in self._sampled.items()}
         for entry in entries:
             if entry.rate < 1:
@@ -252,6 +255,18 @@ class Ledger:
             self._pass_on(durable=True)
             self._sink.close()
             self._sink = None
+
+
+def _line(entry: Entry) -> str:
+    """Return a release as a line of JSON; a run has thousands that differ in where they stand only."""
+    worker = "null" if entry.worker is None else entry.worker
+    place = f'"round": {entry.round}, "step": {entry.step}, "worker": {worker}, "attempt": {entry.attempt}'
+    return f"{{{place}, {_price_tag(entry.release, entry.z, entry.rate, entry.key)}}}\n"
+
+
+@lru_cache(maxsize=256)
+def _price_tag(release: str, z: float, rate: float, key: str) -> str:
+    return json.dumps({"release": release, "z": z, "rate": rate, "key": key})[1:-1]
 
 
 def _less(a: Events, b: Events) -> bool:
