@@ -1,4 +1,4 @@
-"""Run the suites of this folder with one thread; further arguments go to pytest (`-k`, `--benchmark-json=FILE`)."""
+"""Run suites with one thread: `python -m benchmarks [FILES]`; further arguments go to pytest (`-k`, `-s`)."""
 
 from __future__ import annotations
 
@@ -14,4 +14,6 @@ SHOWN = "--benchmark-columns=min,median,ops,rounds", "--benchmark-group-by=group
 
 if __name__ == "__main__":
     options = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-W", "default", *SHOWN]
-    sys.exit(pytest.main([str(HERE), *options, *sys.argv[1:]]))
+    given = sys.argv[1:]
+    suites = [] if any(Path(word).exists() for word in given) else [str(HERE)]
+    sys.exit(pytest.main([*suites, *options, *given]))

@@ -12,7 +12,7 @@ from fedsim.engine.layout import Layout
 if TYPE_CHECKING:
     from fedsim.prepare import Prepared
 
-# What pays was measured with 2 processes on 2 cores, n = 2000, dim = 1000 (benchmarks/bench_transport.py).
+# What pays was measured with 2 processes on 2 cores, n = 2000, dim = 1000 (benchmarks/transport.py).
 PAYS, MAY_PAY = 0.25, 1.0  # share of rows (or of events) that travels: below the first it pays, above the second not
 MESSAGE = 20e-6  # seconds that one message between two processes takes at least
 MOVED = 5e9  # bytes of rows that one process mixes or updates in a second

@@ -1,4 +1,4 @@
-"""What the transport adds to a round: `python -m benchmarks.bench_transport` prints a table.
+"""What the transport adds to a round: `python -m benchmarks.transport` prints a table.
 
 Two ranks, n = 2,000, dim = 1,000. Each case is played with the real transport and with one that answers at once (the
 same computation and packing, on both cores at once); the difference is held against a bare exchange of the same
@@ -120,7 +120,7 @@ def main() -> None:
     print("| transport | graph | bytes each way | round, ms | added per mixing, ms | bare exchange, ms | ratio |")
     print("|---|---|---|---|---|---|---|")
     for kind in ("mpi", "torch"):
-        start = [*command(kind, 2), "-m", "benchmarks.bench_transport", "job"]
+        start = [*command(kind, 2), "-m", "benchmarks.transport", "job"]
         done = subprocess.run(start, check=True, capture_output=True, text=True)
         for row in json.loads(done.stdout.splitlines()[-1]):
             ratio = row["added_ms"] / row["bare_ms"]

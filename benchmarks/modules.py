@@ -1,6 +1,6 @@
 """Gradients of all nodes' networks: fedsim beside a loop with ordinary autograd.
 
-`python -m benchmarks.bench_modules` prints, for each case, milliseconds of one minibatch gradient of all nodes and the
+`python -m benchmarks.modules` prints, for each case, milliseconds of one minibatch gradient of all nodes and the
 ratio to a loop that loads a node's parameters into the module and calls `backward`, as a training script does.
 """
 

@@ -1,8 +1,8 @@
 """Events per second: the kernel beside the paper's formulas in NumPy, long rows beside a copy, waves beside autograd.
 
-    python -m benchmarks.bench_events            the ratios (a minute)
-    python -m benchmarks.bench_events --table    events per second by n and dim, beside the bandwidth of a copy
-    python -m benchmarks.bench_events --million  a torus of a million nodes: time and memory
+    python -m benchmarks.events            the ratios (a minute)
+    python -m benchmarks.events --table    events per second by n and dim, beside the bandwidth of a copy
+    python -m benchmarks.events --million  a torus of a million nodes: time and memory
 
 One thread; every ratio is taken in the same run, since the machine may be shared.
 """
