@@ -161,6 +161,19 @@ def test_models_that_nodes_cannot_own_are_refused(model, message):
         image_problem(model(64, 3), 8)
 
 
+@pytest.mark.parametrize("kind", ["lenet5", "transformer"])
+def test_an_empty_batch_has_no_gradient(kind):
+    """A node whose Poisson batch drew nobody gets 0, not what stood in memory, whether rows are played alone or not."""
+    problem = PROBLEMS[kind]()
+    indices, weights = np.zeros((N, 3), np.int64), np.full((N, 3), 1 / 3)
+    weights[2] = 0.0
+    x = problem.start(np.arange(N)) + 0.1
+    torch.full_like(x, 7.0)  # memory that a gradient may be given next
+    g = problem.gradient(x, np.arange(N), Minibatch(indices, weights))
+    assert not g[2].any()
+    assert all(g[i].any() for i in (0, 1, 3, 4))
+
+
 def test_convolutions_are_played_alone_and_the_transformer_together():
     """Which way is a property of the module, and `facts` says it."""
     assert PROBLEMS["lenet5"]().rows_alone

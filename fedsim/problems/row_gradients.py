@@ -66,7 +66,8 @@ class RowGradients:
     def __init__(self, model: torch.nn.Module, per_record: PerRecord, a: torch.Tensor, b: torch.Tensor) -> None:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._model, self._per_record, self._a, self._b = model, per_record, a, b
-        self._names, self._shapes = [name for name, _ in trained], [p.shape for _, p in trained]
+        self._names, self._trained = [name for name, _ in trained], [p for _, p in trained]
+        self._shapes = [p.shape for p in self._trained]
         self.sizes = [p.numel() for _, p in trained]
         self.initial = torch.cat([p.detach().reshape(-1) for _, p in trained]).clone()
         self._gradient = vmap(grad(self.weighted), randomness="error")
@@ -76,7 +77,11 @@ class RowGradients:
     def gradient(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return `[rows, dim]` at `x [rows, dim]`; `places [rows, width]` are record numbers, `weights` theirs."""
         if self.nature.alone:
-            return torch.stack([self._one(x[row], *_used(places[row], weights[row])) for row in range(len(x))])
+            found, padded = torch.empty_like(x), not bool(weights.all())
+            for row in range(len(x)):
+                own = places[row], weights[row]
+                self._one(x[row], *(_used(*own) if padded else own), found[row])
+            return found
         chunks = list(self._chunks(*weights.shape))
         if len(chunks) == 1:
             return self._gradient(x, self._a[places], self._b[places], weights)
@@ -113,14 +118,23 @@ class RowGradients:
         """Return one row's weighted loss."""
         return (weights * self._per_record(functional_call(self._model, self.named(x), (a,)), b)).sum()
 
-    def _one(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(x)
+    def _one(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+        """Write one row's gradient to `out [dim]`."""
+        own = x.clone()  # its own memory: a row's bits may depend on where it begins
+        for parameter, part, shape in zip(self._trained, own.split(self.sizes), self._shapes, strict=True):
+            parameter.data = part.view(shape)  # the module itself: less to do than a call with other parameters
+        if not len(places):
+            out.zero_()
         for part in self._parts(len(places)):
-            leaf = x.clone().requires_grad_()  # its own memory: a row's bits may depend on where it begins
             with torch.enable_grad():
-                value = self.weighted(leaf, self._a[places[part]], self._b[places[part]], weights[part])
-            total += torch.autograd.grad(value, leaf)[0]
-        return total
+                losses = self._per_record(self._model(self._a[places[part]]), self._b[places[part]])
+                value = (weights[part] * losses).sum()
+            slopes = torch.autograd.grad(value, self._trained, allow_unused=True, materialize_grads=True)
+            flat = [slope.reshape(-1) for slope in slopes]
+            if part.start == 0:
+                torch.cat(flat, out=out)
+            else:
+                out += torch.cat(flat)
 
     def _one_loss(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, total = x.clone(), x.new_zeros(())
@@ -160,7 +174,8 @@ class RowGradients:
     def _operations(self, places: torch.Tensor) -> _Operations:
         self._refuse_shape(self._a[places], self._b[places])
         with _Operations() as seen:
-            self._one(self.initial, places, self.initial.new_full((len(places),), 1.0 / len(places)))
+            weights = self.initial.new_full((len(places),), 1.0 / len(places))
+            self._one(self.initial, places, weights, torch.empty_like(self.initial))
         return seen
 
     def _refuse_shape(self, a: torch.Tensor, b: torch.Tensor) -> None:
