@@ -11,6 +11,7 @@ import torch
 
 from fedsim.surrogate.kernels import Kernel, squared_distances
 
+PARTS = 3  # in which a kernel matrix is made: two thirds of it are computed
 LARGEST_NOISE = 1.0  # as much noise as signal: past it the data are no longer explained by the kernel at all
 
 
@@ -40,9 +41,13 @@ class Posterior:
         self.factor = self._factored(k)
 
     def _kernel_matrix(self, z: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        squared = torch.addmm(norms[None], z, z.T, alpha=-2.0).add_(norms[:, None]).clamp_(min=0.0)
-        squared.fill_diagonal_(0.0)
-        return self.kernel.value(squared)
+        """Return the kernel's values below the diagonal, which are all that a factorisation reads."""
+        k, end = z.new_zeros((len(z), len(z))), 0
+        for rows in z.chunk(PARTS):
+            begin, end = end, end + len(rows)
+            squared = torch.addmm(norms[None, :end], rows, z[:end].T, alpha=-2.0).add_(norms[begin:end, None])
+            k[begin:end, :end] = self.kernel.value(squared.clamp_(min=0.0))
+        return k
 
     def _factored(self, k: torch.Tensor) -> torch.Tensor:
         while True:
