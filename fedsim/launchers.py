@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,8 +68,8 @@ def probe(start: tuple[str, ...], settings: Mapping[str, str] | None = None) -> 
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    sizes = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("processes ") and line[10:]]
-    return sizes[0] if done.returncode == 0 and sizes else None
+    said = re.search(r"processes (\d+)", done.stdout)  # launchers may mix what two processes say within a line
+    return int(said[1]) if done.returncode == 0 and said else None
 
 
 def flags(path: str) -> list[str]:

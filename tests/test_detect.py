@@ -4,6 +4,7 @@ import pytest
 
 from fedsim import doctor_jobs
 from fedsim.errors import InputError
+from fedsim.launchers import probe
 from fedsim.transport.detect import _refuse_strangers, choose, connect, found
 
 TORCH = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -84,3 +85,14 @@ def test_doctor_measures_this_machine():
     assert facts["torch"]["processes"] == 2
     assert facts["mpi"] is None or facts["mpi"]["small"] > 0
     assert any(line.startswith("  torchrun") for line in doctor_jobs.report_jobs(facts))
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"), [("processes 2\nprocesses \n", 2), ("processes processes 1\n1\n", 1), ("processes \n", None)]
+)
+def test_a_launcher_may_mix_what_its_processes_say(tmp_path, said, seen):
+    """However two processes' words come out of the launcher, it is told how many see each other."""
+    launcher = tmp_path / "mpirun"
+    launcher.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+    launcher.chmod(0o755)
+    assert probe((str(launcher),)) == seen
