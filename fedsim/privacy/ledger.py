@@ -142,8 +142,11 @@ class Ledger:
         return self._as_promised(entries) or self._fits_sampled(Counter(entry.cost for entry in entries), budget)
 
     def _as_promised(self, entries: Sequence[Entry]) -> bool:
-        """Return whether no worker is then in more than the plan that was calibrated has for the most exposed one."""
-        if not self.promised or (self.exposure < 1).any():
+        """Return whether no worker is then in more than the plan that was calibrated has for the most exposed one.
+
+        Where records are sampled of all workers, each worker is taken for a most exposed one: that only errs upwards.
+        """
+        if not self.promised:
             return False
         square = sum((self._squares(entry) for entry in entries if entry.rate == 1), self._square)
         sampled = {kind: count.copy() for kind, count in self._sampled.items()}
