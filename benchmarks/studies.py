@@ -15,7 +15,7 @@ RUNS = 1000
 
 
 def main() -> None:
-    """Print seconds to load all metrics, to compare, and to draw, beside those of reading the same files plainly."""
+    """Print seconds to load all metrics and to compare, beside those of reading the same files plainly."""
     with tempfile.TemporaryDirectory() as root:
         folder = _study(Path(root))
         begun = time.perf_counter()

@@ -168,7 +168,8 @@ def _top(v: torch.Tensor, k: int) -> NDArray[np.int64]:
     rows, dim = v.shape
     if dim >= max(FEW * k, FEW * STRIDE):
         guess = v[:, ::STRIDE].abs().topk(2 * k // STRIDE + 8, dim=1, sorted=False).values.amin(dim=1)
-        near, magnitude = np.zeros((rows, 4 * k + 1024), np.int64), np.full((rows, 4 * k + 1024), -1.0)
+        room = rows, 4 * k + 1024
+        near, magnitude = np.zeros(room, np.int64), np.full(room, -1.0)
         if _above(v.numpy(), guess.numpy(), k, near, magnitude):
             return np.take_along_axis(near, _top_of(torch.from_numpy(magnitude), k), axis=1)
     return _top_of(v.abs(), k)

@@ -123,7 +123,7 @@ def _add(count, total, a, wa):  # pragma: no cover - compiled
 
 
 def addresses_of(array: NDArray) -> NDArray[np.int64]:
-    """Return the address of each row of a C-contiguous `[rows, dim]` array."""
+    """Return the address of each row of a C-contiguous array `[rows, ...]`."""
     return array.ctypes.data + np.arange(len(array), dtype=np.int64) * array.strides[0]
 
 

@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fedsim.algorithms.requests import Routed
+from fedsim.engine.mixing import addresses_of
 from fedsim.errors import RunError
 from fedsim.transport.transport import as_bytes
 
@@ -88,7 +89,7 @@ class Routes:
         arrived = torch.from_numpy(raw.view(values.numpy().dtype).reshape(-1, *values.shape[1:]))
         if order is None:
             return (arrived if begin is None else taken(arrived, begin)), whole, np.sort(nodes)
-        places = np.concatenate([_addresses(arrived), _addresses(values)[order[stay]]])
+        places = np.concatenate([addresses_of(arrived.numpy()), addresses_of(values.numpy())[order[stay]]])
         return _placed(places if begin is None else places[begin], values), whole, np.sort(nodes)
 
     def _tables(self, table: Ints, width: int, question: str) -> list[Ints]:
@@ -138,11 +139,7 @@ class Routes:
 
 def taken(values: torch.Tensor, order: Ints) -> torch.Tensor:
     """Return `values[order]`."""
-    return _placed(_addresses(values)[order], values)
-
-
-def _addresses(rows: torch.Tensor) -> Ints:
-    return rows.data_ptr() + np.arange(len(rows), dtype=np.int64) * _width(rows)
+    return _placed(addresses_of(values.numpy())[order], values)
 
 
 def _placed(places: Ints, like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +75,6 @@ class Ledger:
         self._last: dict[tuple[int, str, int, int | None], Entry] = {}
         self._costs: Counter[tuple[float, float, int | None]] = Counter()
         self._square = np.zeros(len(self.exposure))  # sum of mu^2 per worker, of what is not sampled
-        self._sampled: dict[tuple[float, float], NDArray[np.int64]] = {}  # how often each worker is in what is
         self.sampled = False
         self._sink: IO[str] | None = None
         self.promised: Events | None = None
@@ -109,9 +108,6 @@ class Ledger:
         self.sampled = self.sampled or entry.rate < 1
         if entry.rate == 1:
             self._square += self._squares(entry)
-        else:
-            count = self._sampled.setdefault((entry.z, entry.rate), np.zeros(len(self.exposure), np.int64))
-            count[slice(None) if entry.worker is None else entry.worker] += 1
 
     def _squares(self, entry: Entry) -> NDArray[np.float64]:
         """Return what a release adds to every worker's mu^2, `[n]`."""
@@ -139,31 +135,14 @@ class Ledger:
         if not self.sampled and all(entry.rate == 1 for entry in entries):
             after = sum((self._squares(entry) for entry in entries), self._square)
             return float(after.max()) <= mu_of(budget * (1 + TOLERANCE), self.delta) ** 2
-        return self._as_promised(entries) or self._fits_sampled(Counter(entry.cost for entry in entries), budget)
-
-    def _as_promised(self, entries: Sequence[Entry]) -> bool:
-        """Return whether no worker is then in more than the plan that was calibrated has for the most exposed one.
-
-        Where records are sampled of all workers, each worker is taken for a most exposed one: that only errs upwards.
-        """
-        if not self.promised:
-            return False
-        square = sum((self._squares(entry) for entry in entries if entry.rate == 1), self._square)
-        sampled = {kind: count.copy() for kind, count in self._sampled.items()}
-        for entry in entries:
-            if entry.rate < 1:
-                count = sampled.setdefault((entry.z, entry.rate), np.zeros_like(self._square, np.int64))
-                count[slice(None) if entry.worker is None else entry.worker] += 1
-        many = {(z, rate): count for z, rate, count in self.promised if rate < 1}
-        most = sum(count / z**2 for z, rate, count in self.promised if rate == 1)
-        return square.max() <= most and all(count.max() <= many.get(kind, 0) for kind, count in sampled.items())
+        return self._fits_sampled(Counter(entry.cost for entry in entries), budget)
 
     def _fits_sampled(self, extra: Counter[tuple[float, float, int | None]], budget: float) -> bool:
         """Ask the accountant as seldom as possible: what fits many times over fits once."""
         after = self._costs + extra
         if any(after <= allowed for allowed in self._allowed):
             return True
-        if self.promised and all(_less(events, self.promised) for events in self._distinct(after)):
+        if self.promised and _less(_at_most(after), self.promised):
             return True
         while self._stride >= 1:
             ahead = self._costs + Counter({cost: self._stride * count for cost, count in extra.items()})
@@ -270,6 +249,18 @@ def _line(entry: Entry) -> str:
 @lru_cache(maxsize=256)
 def _price_tag(release: str, z: float, rate: float, key: str) -> str:
     return json.dumps({"release": release, "z": z, "rate": rate, "key": key})[1:-1]
+
+
+def _at_most(costs: Mapping[tuple[float, float, int | None], int]) -> Events:
+    """Return events that no worker is in more of, all taken for most exposed ones: quick, and errs upwards only."""
+    everybody, alone = Counter[tuple[float, float]](), dict[tuple[float, float], int]()
+    for (z, rate, worker), count in costs.items():
+        if worker is None:
+            everybody[z, rate] += count
+        else:
+            alone[z, rate] = max(count, alone.get((z, rate), 0))
+    kinds = {**everybody, **alone}
+    return tuple((z, rate, everybody[z, rate] + alone.get((z, rate), 0)) for z, rate in kinds)
 
 
 def _less(a: Events, b: Events) -> bool:

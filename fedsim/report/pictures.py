@@ -54,7 +54,7 @@ class Drawn(StudyResult):
 def embedded(draw: Callable[[Path], Sequence[Path]], alt: str, caption: str, wide: bool = False) -> Picture | None:
     """Draw by `draw(file)`, which returns the files it wrote, and carry the SVG inside the page."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [file for file in draw(Path(folder) / "picture.svg") if file.suffix == ".svg"]
+        files = draw(Path(folder) / "picture.svg")
         if not files:
             return None
         text = METADATA.sub("", files[0].read_text(), count=1)
@@ -115,7 +115,7 @@ def _curve(shown: Drawn, metric: str, cost: str) -> Picture | None:
     saved = "" if cost == "wall_seconds" else what_was_saved(shown, metric, cost)
     caption = f"{metric} against {cost}" + (f". At {saved}" if saved else "")
     # A goal that nobody reaches keeps the same line out of the picture, which is too narrow for it.
-    draw = lambda stem: shown.plot(metric=metric, against=cost, out=stem, goal=-math.inf)  # noqa: E731
+    draw = lambda file: shown.plot(metric=metric, against=cost, out=file, goal=-math.inf)  # noqa: E731
     return embedded(draw, alt, caption)
 
 
@@ -132,7 +132,7 @@ def _families(shown: Drawn) -> list[Picture]:
     found = []
     for name in [name for name in names if experts.draws(shown, name)][:3]:
         alt = f"{name} of every expert over the rounds, one panel per variant."
-        found.append(embedded(lambda stem, n=name: shown.plot(metric=n, out=stem), alt, f"{name} over rounds", True))
+        found.append(embedded(lambda file, n=name: shown.plot(metric=n, out=file), alt, f"{name} over rounds", True))
     return [picture for picture in found if picture]
 
 
@@ -155,7 +155,7 @@ def _partition(facts: dict[str, Any]) -> Picture | None:
     words = f"{len(table)} nodes hold {table[:, 1].sum():,} records: from {low} to {high} each, {middle} in the middle"
     words += f"; {len(classes)} classes" if classes else ""
     alt = f"Stacked bars, one per node, by class. {words}."
-    return embedded(lambda stem: draw_partition(shown, labels, stem), alt, words, wide=True)
+    return embedded(lambda file: draw_partition(shown, labels, file), alt, words, wide=True)
 
 
 def topologies(scenarios: dict[str, dict[str, Any]], runs: dict[str, Result]) -> tuple[list[Picture], list[str]]:
@@ -197,7 +197,7 @@ def _topology(scenario: dict[str, Any], rates: dict[str, Any] | None, run: Resul
     caption = words if rates is None else f"{words}; widths of edges are {kind} gossip rates"
     from fedsim.results.draw import draw_rates
 
-    return embedded(lambda stem: draw_rates(topology, shown, stem), f"Drawing of the graph. {caption}.", caption), None
+    return embedded(lambda file: draw_rates(topology, shown, file), f"Drawing of the graph. {caption}.", caption), None
 
 
 def _rates(section: dict[str, Any], topology: Topology, base: Path) -> np.ndarray:

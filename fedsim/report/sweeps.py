@@ -127,7 +127,7 @@ def _against(swept: dict[str, Any], runs: list[Result], key: str, question: Ques
     caption = f"{title} against {key}: median over seeds, best over the other axes. Cells that failed are left out"
     caption += f"; values above {number(top)} (ten times the start) lie off the top." if top else "."
     alt = f"{title} against {key}. {'; '.join(words)}."
-    return embedded(lambda stem: _draw(stem, lines, (key, title), top), alt, caption)
+    return embedded(lambda file: _draw(file, lines, (key, title), top), alt, caption)
 
 
 def _line(runs: list[Result], key: str, question: Question) -> list[tuple[float, float]]:
@@ -145,12 +145,14 @@ def _line(runs: list[Result], key: str, question: Question) -> list[tuple[float,
 
 
 def _draw(
-    stem: Path, lines: dict[str, list[tuple[float, float]]], titles: tuple[str, str], top: float | None
+    out: Path, lines: dict[str, list[tuple[float, float]]], titles: tuple[str, str], top: float | None
 ) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from fedsim.results.plots import _save
 
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedsim", "font.size": 9}):
         figure, axis = plt.subplots(figsize=(3.9, 3.4), layout="constrained")
@@ -158,10 +160,9 @@ def _draw(
         axis.set_xlabel(titles[0])
         axis.set_ylabel(titles[1])
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
-        file = stem.with_suffix(".svg")
-        figure.savefig(file)
+        files = _save(figure, out)
         plt.close(figure)
-    return [file]
+    return files
 
 
 def _points(axis: Axes, lines: dict[str, list[tuple[float, float]]], top: float | None) -> None:

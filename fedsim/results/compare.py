@@ -14,6 +14,7 @@ from fedsim.results.curves import (
     EDGE,
     at_edges,
     carried_forward,
+    common_goal,
     cost_to_reach,
     diverged,
     edge_notes,
@@ -223,8 +224,8 @@ def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
     if metric is None or not (np.isfinite(worst) and worst > 0):
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
-    goal = float(10.0 ** np.ceil(np.log10(worst)))
-    if goal < min(float(run.metrics[metric].iloc[0]) for run in runs):
+    goal = common_goal(runs, metric)
+    if goal is not None:
         return metric, goal
     digit = 10.0 ** (np.floor(np.log10(worst)) - 1)  # where runs start: two digits tell them apart
     return metric, float(f"{np.ceil(worst / digit) * digit:.1e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,3 +61,13 @@ def edge_notes(result: Result | StudyResult) -> list[str]:
     """Return a line for every variant at an end of its grid, as it stands below tables and figures."""
     found = at_edges(result).items()
     return [f"{EDGE} {name}: {', '.join(edges)} of its grid; the best may lie beyond" for name, edges in found]
+
+
+def common_goal(runs: Sequence[Result], metric: str) -> float | None:
+    """Return the smallest power of ten that every run ends at or below, or None where a run starts there already."""
+    worst = max(float(run.metrics[metric].iloc[-1]) for run in runs)
+    start = min(float(run.metrics[metric].iloc[0]) for run in runs)
+    if not (np.isfinite(worst) and 0 < worst < start):
+        return None
+    level = 10.0 ** np.ceil(np.log10(worst))
+    return float(level) if level < start else None

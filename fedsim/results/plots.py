@@ -14,6 +14,7 @@ from fedsim.results.curves import (
     EDGE,
     at_edges,
     carried_forward,
+    common_goal,
     cost_to_reach,
     diverged,
     edge_notes,
@@ -181,7 +182,7 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     groups = variants(result)
     if len(groups) < 2 or cost in CLOCKS:
         return ""
-    level = goal if goal is not None else _common_goal(result, metric)
+    level = goal if goal is not None else _default_goal(result, metric)
     if level is None:
         return ""
     paid = {
@@ -213,12 +214,12 @@ def _panel(axis: Axes, drawn: _Drawn, metric: str, cost: str, theory: bool) -> N
     if _positive(drawn.runs, metric):
         axis.set_yscale("log")
     _keep_in_view(axis, drawn.runs, metric)
-    _count(axis, max(float(run.metrics[cost].iloc[-1]) for run in drawn.runs))
+    _shorten(axis, max(float(run.metrics[cost].iloc[-1]) for run in drawn.runs))
     axis.set_xlabel(TITLES.get(cost, cost))
     axis.grid(True, which="major", alpha=0.25, linewidth=0.6)
 
 
-def _count(axis: Axes, last: float) -> None:
+def _shorten(axis: Axes, last: float) -> None:
     """Write large costs with k, M, G: long numbers run into each other under narrow panels."""
     from matplotlib.ticker import EngFormatter
 
@@ -346,17 +347,9 @@ def _positive(runs: Sequence[Result], metric: str) -> bool:
     return all((run.metrics[metric] > 0).any() and (run.metrics[metric].dropna() >= 0).all() for run in runs)
 
 
-def _common_goal(result: Result | StudyResult, metric: str) -> float | None:
-    """Return the smallest power of ten that every run reaches for good, or None."""
+def _default_goal(result: Result | StudyResult, metric: str) -> float | None:
     runs = [run for run in result.runs if not diverged(run)]
-    if not runs or higher_is_better(metric):
-        return None
-    worst = max(float(run.metrics[metric].iloc[-1]) for run in runs)
-    start = min(float(run.metrics[metric].iloc[0]) for run in runs)
-    if not (np.isfinite(worst) and 0 < worst < start):
-        return None
-    level = 10.0 ** np.ceil(np.log10(worst))
-    return float(level) if level < start else None
+    return None if not runs or higher_is_better(metric) else common_goal(runs, metric)
 
 
 FORMATS = (".png", ".svg", ".pdf")
