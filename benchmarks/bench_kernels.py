@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fedsim.algorithms.algorithm import Sampling
+from fedsim.engine.addresses import addresses_of
 from fedsim.engine.machine import prepare
-from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.mixing import by_position, mix_rows
 from fedsim.engine.sampling import draw
 from fedsim.engine.streams import Streams
 from fedsim.engine.sums import tree_sum

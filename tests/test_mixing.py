@@ -6,7 +6,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.addresses import addresses_of
+from fedsim.engine.mixing import by_position, mix_rows
 from fedsim.topology.mixing import mixing_matrix
 from fedsim.topology.topology import Topology
 

@@ -9,8 +9,9 @@ from cases import Tracking, quadratic
 
 from fedsim.algorithms.algorithm import SyncAlgorithm
 from fedsim.algorithms.requests import Gather, Mean, Mix, Rows, Sum
+from fedsim.engine.addresses import addresses_of
 from fedsim.engine.layout import Layout
-from fedsim.engine.mixing import addresses_of, by_position, mix_rows
+from fedsim.engine.mixing import by_position, mix_rows
 from fedsim.engine.rounds import Rounds
 from fedsim.errors import Diverged, InputError, RunError
 from fedsim.topology.build import build

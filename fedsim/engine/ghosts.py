@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from fedsim.engine.addresses import addresses_of, copy_rows
 from fedsim.errors import RunError
 from fedsim.transport.transport import as_bytes
 
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 Csr = tuple[Ints, Ints, NDArray[np.float64]]
 HEADER = 3  # int64 words in front of every message: number of the request, what it asks for, bytes that follow
+
+
+@dataclass(frozen=True)
+class Underway:
+    """Ghosts' rows on their way.
+
+    Attributes:
+        addresses: int64 `[ghosts]`, where each will lie, for as long as this object is there.
+        finish: waits until they do. Raises RunError where another rank is at another request; it names the rank, and
+            what it asks for by its number.
+    """
+
+    addresses: Ints
+    finish: Callable[[], None]
 
 
 class Ghosts:
@@ -42,9 +57,9 @@ class Ghosts:
         self.positions: Ints = np.unique(far)
         self.nodes: Ints = layout.topology.order[self.positions]
         owners = layout.owner(self.positions)
-        self._from = {int(r): self.positions[owners == r] for r in np.unique(owners)}
+        self._places = {int(r): np.flatnonzero(owners == r) for r in np.unique(owners)}  # among the ghosts
         far_owner = layout.owner(far)
-        self._to = {r: np.unique(own[far_owner == r]) - layout.lo for r in self._from}
+        self._to = {r: np.unique(own[far_owner == r]) - layout.lo for r in self._places}
 
     def local(self, csr: Csr) -> Csr:
         """Return this rank's rows of a matrix over positions; columns are own rows, then ghosts, order kept."""
@@ -58,6 +73,16 @@ class Ghosts:
         place = np.where(here, chosen - layout.lo, layout.rows + np.searchsorted(self.positions, chosen))
         return offsets[layout.lo : layout.hi + 1] - begin, place, weights[begin:end]
 
+    def inner(self, csr: Csr) -> slice:
+        """Return the longest run of rows that need no ghost, of a matrix that `local` returned."""
+        offsets, columns, _ = csr
+        rows = len(offsets) - 1
+        meets = np.ones(rows + 2, bool)
+        meets[1:-1] = np.bincount(np.repeat(np.arange(rows), np.diff(offsets))[columns >= rows], minlength=rows) > 0
+        ends = np.flatnonzero(meets)
+        longest = int(np.argmax(np.diff(ends)))
+        return slice(int(ends[longest]), int(ends[longest + 1]) - 1)
+
     @property
     def question(self) -> tuple[int, str]:
         """Number and words of the request that is being answered."""
@@ -68,56 +93,63 @@ class Ghosts:
         self._number += 1
         self._question = question
 
-    def bring(self, values: Sequence[torch.Tensor]) -> NDArray | None:
-        """Send the rows that others need and return the ghosts' rows `[ghosts, dim]`; None with one rank.
+    def send(self, places: Ints, like: NDArray) -> Underway | None:
+        """Send the rows that others need, and say where the ghosts' rows will lie; None with one rank.
+
+        Args:
+            places: `[rows]`, the address of each own row; rows are not changed until the answer is in.
+            like: one row, for its type and shape.
+        """
+        if self._layout.size == 1:
+            return None
+        head = np.array([self._number, zlib.crc32(self._question.encode()), like.nbytes], np.int64)
+        sends, receives, addresses = {}, {}, np.empty(len(self.positions), np.int64)
+        for peer, rows in self._to.items():
+            message = sends[peer] = np.empty(HEADER * 8 + len(rows) * like.nbytes, np.uint8)
+            message[: HEADER * 8] = head.view(np.uint8)
+            copy_rows(places[rows], like.nbytes, message.ctypes.data + HEADER * 8)
+        for peer, place in self._places.items():
+            message = receives[peer] = np.empty(HEADER * 8 + len(place) * like.nbytes, np.uint8)
+            addresses[place] = message.ctypes.data + HEADER * 8 + np.arange(len(place)) * like.nbytes
+        wait = self._layout.transport.start(sends, receives)
+
+        def finish() -> None:
+            wait()
+            for peer, message in receives.items():
+                self._check(peer, message[: HEADER * 8].view(np.int64), head)
+
+        return Underway(addresses, finish)
+
+    def send_packed(self, packets: Sequence[Packet], blocks: Sequence[slice]) -> Underway | None:
+        """Send the bodies of the rows that others need; the ghosts' rows are decoded where they will lie.
 
         Raises:
-            RunError: another rank is at another request; names it, and what it asks for by its number.
+            RunError: as `Underway.finish`.
         """
-        if not self._from:
-            return None if self._layout.size == 1 else np.empty((0, values[0].shape[1]), values[0].numpy().dtype)
-        rows = values[0] if len(values) == 1 else torch.cat(list(values))
-        array = rows.detach().numpy()
-        width = array[0].nbytes
-        head = np.array([self._number, zlib.crc32(self._question.encode()), width], np.int64)
-        sends, receives = {}, {}
-        for peer, place in self._to.items():
-            sends[peer] = np.concatenate([head.view(np.uint8), as_bytes(array[place])])
-            receives[peer] = np.empty(HEADER * 8 + len(self._from[peer]) * width, np.uint8)
-        self._layout.transport.exchange(sends, receives)
-        far = np.empty((len(self.positions), *array.shape[1:]), array.dtype)
-        for peer, message in receives.items():
-            self._check(peer, message[: HEADER * 8].view(np.int64), head)
-            place = np.searchsorted(self.positions, self._from[peer])
-            far[place] = message[HEADER * 8 :].view(array.dtype).reshape(len(place), *array.shape[1:])
-        return far
-
-    def bring_packed(self, packets: Sequence[Packet], blocks: Sequence[slice]) -> NDArray | None:
-        """Send the bodies of the rows that others need and return the ghosts' decoded rows; None with one rank.
-
-        Raises:
-            RunError: as `bring`.
-        """
-        if not self._from:
-            return self.bring([packets[0].dense])
-        bodies = {r: [_body(packets, blocks, int(row)) for row in place] for r, place in self._to.items()}
+        if self._layout.size == 1:
+            return None
+        bodies = {r: [_body(packets, blocks, int(row)) for row in rows] for r, rows in self._to.items()}
         head = np.array([self._number, zlib.crc32(self._question.encode()), -1], np.int64)
         sizes = {r: np.array([*head, *map(len, parts)], np.int64) for r, parts in bodies.items()}
-        theirs = {r: np.empty(8 * (HEADER + len(rows)), np.uint8) for r, rows in self._from.items()}
+        theirs = {r: np.empty(8 * (HEADER + len(place)), np.uint8) for r, place in self._places.items()}
         self._layout.transport.exchange({r: as_bytes(size) for r, size in sizes.items()}, theirs)
         lengths = {r: message.view(np.int64)[HEADER:] for r, message in theirs.items()}
         for peer, message in theirs.items():
             self._check(peer, message.view(np.int64)[:HEADER], head)
         sends = {r: np.frombuffer(b"".join(parts), np.uint8) for r, parts in bodies.items()}
         receives = {r: np.empty(int(length.sum()), np.uint8) for r, length in lengths.items()}
-        self._layout.transport.exchange(sends, receives)
+        wait = self._layout.transport.start(sends, receives)
         dense = packets[0].dense.numpy()
         far = np.empty((len(self.positions), *dense.shape[1:]), dense.dtype)
-        for peer, body in receives.items():
-            ends = np.cumsum(lengths[peer])
-            for position, end, length in zip(self._from[peer], ends, lengths[peer], strict=True):
-                far[np.searchsorted(self.positions, position)] = packets[0].decode(body[end - length : end].tobytes())
-        return far
+
+        def finish() -> None:
+            wait()
+            for peer, body in receives.items():
+                ends = np.cumsum(lengths[peer])
+                for place, end, length in zip(self._places[peer], ends, lengths[peer], strict=True):
+                    far[place] = packets[0].decode(body[end - length : end].tobytes())
+
+        return Underway(addresses_of(far), finish)
 
     def _check(self, peer: int, theirs: Ints, mine: Ints) -> None:
         if not np.array_equal(theirs, mine):

@@ -122,11 +122,6 @@ def _add(count, total, a, wa):  # pragma: no cover - compiled
         total[i] = total[i] + wa * a[i]
 
 
-def addresses_of(array: NDArray) -> NDArray[np.int64]:
-    """Return the address of each row of a C-contiguous array `[rows, ...]`."""
-    return array.ctypes.data + np.arange(len(array), dtype=np.int64) * array.strides[0]
-
-
 def by_position(matrix: Any, topology: Topology) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return a sparse matrix over node numbers as CSR over positions, columns ascending."""
     from scipy.sparse import csr_array

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Route, Sum
 from fedsim.engine.counts import Counts
-from fedsim.engine.ghosts import Ghosts
+from fedsim.engine.ghosts import Ghosts, Underway
 from fedsim.engine.layout import Layout
-from fedsim.engine.mixing import addresses_of, by_position, mix_rows
-from fedsim.engine.routes import Routes
+from fedsim.engine.mixing import by_position, mix_rows
+from fedsim.engine.routes import Routes, rows_at
 from fedsim.engine.sums import total as global_sum
 from fedsim.errors import RunError, Unsupported
 
@@ -40,6 +40,7 @@ class LocalNetwork:
         self._layout, self._blocks, self._counts = layout, blocks, counts
         self._ghosts = Ghosts(layout)
         self._csr = {name: self._ghosts.local(by_position(m, layout.topology)) for name, m in matrices.items()}
+        self._inner = {name: self._ghosts.inner(csr) for name, csr in self._csr.items()}
         self._degrees = layout.topology.degrees[layout.nodes]
         self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
@@ -81,19 +82,29 @@ class LocalNetwork:
         offsets, columns, weights = self._matrix(matrix)
         values = [dense(r.v).contiguous() for r in requests]
         self._charge_edges(requests, values)
-        far = self._bring(requests, values)
         base, addresses = self._addresses(values)
-        if far is not None:
-            addresses = np.concatenate([addresses, addresses_of(far) - base])
         mixed = np.empty((self._layout.rows, *values[0].shape[1:]), NUMPY[values[0].dtype])
-        mix_rows(0, offsets, columns, weights, base, addresses, mixed)
+        far = self._send(requests, values, base, addresses)
+        if far is None:
+            mix_rows(0, offsets, columns, weights, base, addresses, mixed)
+        else:  # rows that need nothing from elsewhere are mixed while messages travel
+            addresses, inner = np.concatenate([addresses, far.addresses - base]), self._inner[matrix]
+            mix_rows(inner.start, offsets, columns, weights, base, addresses, mixed[inner])
+            far.finish()
+            mix_rows(0, offsets, columns, weights, base, addresses, mixed[: inner.start])
+            mix_rows(inner.stop, offsets, columns, weights, base, addresses, mixed[inner.stop :])
         out = torch.from_numpy(mixed)
         return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
 
-    def _bring(self, requests: list[Any], values: list[torch.Tensor]) -> NDArray | None:
+    def _send(
+        self, requests: list[Any], values: list[torch.Tensor], base: int, addresses: NDArray[np.int64]
+    ) -> Underway | None:
+        """Send what other ranks need of the values, which lie at `base + addresses`."""
+        if self._layout.size == 1:
+            return None
         if isinstance(requests[0].v, torch.Tensor):
-            return self._ghosts.bring(values)
-        return self._ghosts.bring_packed([r.v for r in requests], self._blocks)
+            return self._ghosts.send(base + addresses, values[0][0].detach().numpy())
+        return self._ghosts.send_packed([r.v for r in requests], self._blocks)
 
     def _matrix(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         if name not in self._csr:
@@ -113,17 +124,20 @@ class LocalNetwork:
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
         offsets, columns, _ = self._matrix("adjacency")
-        values = [dense(r.v) for r in requests]
+        values = [dense(r.v).detach().contiguous() for r in requests]
         self._charge_edges(requests, values)
-        far = self._bring(requests, values)
-        everything = torch.cat(values if far is None else [*values, torch.from_numpy(far)])
+        base, addresses = self._addresses(values)
+        far = self._send(requests, values, base, addresses)
+        if far is not None:
+            far.finish()
+            addresses = np.concatenate([addresses, far.addresses - base])
         nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
         answers = []
         for rows in self._blocks:
             begin, end = offsets[rows.start], offsets[rows.stop]
             chosen = columns[begin:end]
             local = offsets[rows.start : rows.stop + 1] - begin
-            answers.append(Gathered(everything[torch.from_numpy(chosen)], local, nodes[chosen]))
+            answers.append(Gathered(rows_at(base + addresses[chosen], values[0]), local, nodes[chosen]))
         return answers
 
     def _sum(self, requests: list[Any], mean: bool) -> list[torch.Tensor]:

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
 from fedsim.algorithms.requests import Routed
-from fedsim.engine.mixing import addresses_of
+from fedsim.engine.addresses import addresses_of, copy_rows
 from fedsim.errors import RunError
 from fedsim.transport.transport import as_bytes
 
@@ -90,7 +87,7 @@ class Routes:
         if order is None:
             return (arrived if begin is None else taken(arrived, begin)), whole, np.sort(nodes)
         places = np.concatenate([addresses_of(arrived.numpy()), addresses_of(values.numpy())[order[stay]]])
-        return _placed(places if begin is None else places[begin], values), whole, np.sort(nodes)
+        return rows_at(places if begin is None else places[begin], values), whole, np.sort(nodes)
 
     def _tables(self, table: Ints, width: int, question: str) -> list[Ints]:
         """Exchange counts: return for every rank how many items `[own rows, its rows]` it sends."""
@@ -139,39 +136,14 @@ class Routes:
 
 def taken(values: torch.Tensor, order: Ints) -> torch.Tensor:
     """Return `values[order]`."""
-    return _placed(addresses_of(values.numpy())[order], values)
+    return rows_at(addresses_of(values.numpy())[order], values)
 
 
-def _placed(places: Ints, like: torch.Tensor) -> torch.Tensor:
+def rows_at(places: Ints, like: torch.Tensor) -> torch.Tensor:
     """Return the rows that begin at these addresses, shaped like those of `like`."""
     made = np.empty((len(places), *like.shape[1:]), like.numpy().dtype)  # NumPy asks for huge pages, torch does not
-    _copy_runs(places, _width(like), made.ctypes.data)
+    copy_rows(places, _width(like), made.ctypes.data)
     return torch.from_numpy(made)
-
-
-@intrinsic
-def _copy(_context: Any, _to: Any, _from: Any, _count: Any = None) -> Any:
-    """Copy bytes between addresses."""
-
-    def code(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        target, source = (builder.inttoptr(place, byte) for place in args[:2])
-        cgutils.raw_memcpy(builder, target, source, args[2], 1)
-        return _context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), code
-
-
-@njit(cache=True)
-def _copy_runs(places, width, target):  # pragma: no cover - compiled
-    """Copy rows of `width` bytes; rows that lie one after the other are copied together."""
-    i = 0
-    while i < len(places):
-        j = i + 1
-        while j < len(places) and places[j] == places[j - 1] + width:
-            j += 1
-        _copy(target + i * width, places[i], (j - i) * width)
-        i = j
 
 
 def sorted_items(to: Ints, source: Ints, destinations: int, sources: int) -> tuple[Ints | None, Ints]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
-from fedsim.transport.transport import Bytes
+from fedsim.transport.transport import Bytes, Transport
 
 
-class LocalTransport:
+class LocalTransport(Transport):
     """The only process: there is nobody to talk to."""
 
     kind, rank, size, moved, calls, waiting = "local", 0, 1, 0, 0, False
     asks: tuple[int, str] = (0, "")
 
-    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+    def start(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> Callable[[], None]:
         """Do nothing; there are no peers."""
+        return lambda: None
 
     def all_gather(self, mine: Bytes) -> list[Bytes]:
         """Return the one buffer."""

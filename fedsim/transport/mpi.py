@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fedsim.errors import InputError
-from fedsim.transport.transport import Bytes
+from fedsim.transport.transport import Bytes, Transport
 
 NAP = 20e-6  # seconds between looks while waiting: a spinning wait would take the core that the peer needs
 EAGER = 200  # looks without a nap before the first one
@@ -24,7 +25,7 @@ def _wake_promptly() -> None:
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, SLACK, 0, 0, 0)
 
 
-class MpiTransport:
+class MpiTransport(Transport):
     """A duplicate of COMM_WORLD, so that no message of the user's own MPI code meets ours."""
 
     kind = "mpi"
@@ -44,13 +45,13 @@ class MpiTransport:
         _wake_promptly()
         self._leaving = self._comm.Dup()  # nothing else travels on it, so that a mistake finds it clear
 
-    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
-        """Post all receives, then all sends, then wait for both."""
+    def start(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> Callable[[], None]:
+        """Post all receives, then all sends."""
         requests = [self._comm.Irecv(buffer, source=peer) for peer, buffer in receives.items()]
         for peer, buffer in sends.items():
             requests.append(self._comm.Isend(buffer, dest=peer))
             self.moved += buffer.nbytes
-        self._wait(requests)
+        return lambda: self._wait(requests)
 
     def all_gather(self, mine: Bytes) -> list[Bytes]:
         """Exchange lengths, then everybody's buffer."""

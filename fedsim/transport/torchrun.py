@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.transport.transport import Bytes
+from fedsim.transport.transport import Bytes, Transport
 
 
 def _to_send(buffer: Bytes) -> torch.Tensor:
@@ -20,7 +20,7 @@ def _to_send(buffer: Bytes) -> torch.Tensor:
     return torch.from_numpy(buffer if buffer.flags.writeable else buffer.copy())
 
 
-class TorchTransport:
+class TorchTransport(Transport):
     """The default process group of torch.distributed on gloo, with the job's timeout."""
 
     kind = "torch"
@@ -41,15 +41,19 @@ class TorchTransport:
         yield
         self.calls, self.waiting = self.calls + 1, False
 
-    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
-        """Post all receives, then all sends, then wait for both."""
+    def start(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> Callable[[], None]:
+        """Post all receives, then all sends."""
         works = [self._dist.irecv(torch.from_numpy(buffer), src=peer) for peer, buffer in receives.items()]
         for peer, buffer in sends.items():
             works.append(self._dist.isend(_to_send(buffer), dst=peer))
             self.moved += buffer.nbytes
-        with self._waits():
-            for work in works:
-                work.wait()
+
+        def wait() -> None:
+            with self._waits():
+                for work in works:
+                    work.wait()
+
+        return wait
 
     def all_gather(self, mine: Bytes) -> list[Bytes]:
         """Exchange lengths, then buffers padded to the longest."""

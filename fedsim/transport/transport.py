@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -28,12 +29,19 @@ class Transport(Protocol):
     waiting: bool
     asks: tuple[int, str]
 
-    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
-        """Send a buffer to each peer in `sends` and fill those in `receives`; all receives are posted first.
+    def start(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> Callable[[], None]:
+        """Begin to send a buffer to each peer in `sends` and to fill those in `receives`; receives are posted first.
 
         Both ends know the length: a buffer of another length than the peer's is a mistake of the caller.
+
+        Returns:
+            What waits for all of them. Until it was called, sent buffers are not changed and received ones not read.
         """
         ...
+
+    def exchange(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> None:
+        """Send and receive as `start` does, to the end."""
+        self.start(sends, receives)()
 
     def all_gather(self, mine: Bytes) -> list[Bytes]:
         """Return every process's buffer, in rank order; lengths may differ."""
