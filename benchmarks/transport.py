@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,8 +104,8 @@ def measure(job: Any) -> list[dict[str, Any]]:
         own = np.array([(job.moved - before) // MIXINGS])
         size = max(int(part.view(np.int64)[0]) for part in job.all_gather(own.view(np.uint8)))
         full, alone = _least(_rounds(real), job), _least(_rounds(idle), job)
-        bare, zeros = _least(_bare(job, size), job), np.ones(size, np.uint8)
-        filling = _least(lambda: zeros.fill(0), job)  # which only the transport that answers at once does
+        bare = _least(_bare(job, size), job)
+        filling = _least(partial(np.ones(size, np.uint8).fill, 0), job)  # only the transport that answers at once does
         found.append(
             {
                 "graph": name,

@@ -36,6 +36,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": versions,
         "machine": prepare(),
+        "cuda": _cuda(),
         "solvers": installed_solvers(),
         "cache": str(cache),
         "launchers": {name: shutil.which(name) for name in ("mpirun", "mpiexec", "torchrun", "srun")},
@@ -51,12 +52,24 @@ def report(facts: dict[str, Any]) -> str:
     lines = [f"python {facts['python']} on {facts['platform']}, {facts['cores']} cores"]
     lines += [f"  {name:<10} {v or 'missing'}" for name, v in facts["versions"].items()]
     lines.append(f"  settings   {', '.join(f'{k} = {v}' for k, v in facts['machine'].items())}")
+    lines.append(f"  cuda       {', '.join(facts['cuda']) or 'no device; engine.device: cpu is what there is'}")
     lines.append(f"  solvers    {', '.join(facts['solvers'])}")
     lines.append(f"  cache      {facts['cache']}")
     lines += [f"  {name:<10} {path or 'not found'}" for name, path in facts["launchers"].items()]
     lines += report_jobs(facts["jobs"])
     lines += [f"problem: {text}" for text in facts["problems"]] or ["no problems found"]
     return "\n".join(lines)
+
+
+def _cuda() -> list[str]:
+    """Return the CUDA devices that torch sees, with NCCL's version beside the first."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return [f"{names[0]} (NCCL {nccl})", *names[1:]]
 
 
 def _version(name: str) -> str | None:

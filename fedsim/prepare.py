@@ -14,7 +14,7 @@ from fedsim import registry
 from fedsim.algorithms.algorithm import Algorithm, DynamicsAlgorithm, EventAlgorithm, SyncAlgorithm
 from fedsim.engine import pace
 from fedsim.engine.layout import Layout
-from fedsim.engine.machine import usable
+from fedsim.engine.machine import Device, usable
 from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
 from fedsim.problems.problem import refuse_undeclared
@@ -53,6 +53,7 @@ class Prepared:
     setting: RunSetting
     rates: Rates | None
     layout: Layout
+    device: Device
     cache: dict[str, Any] = field(default_factory=dict)
 
     def player(self) -> Player:
@@ -74,14 +75,14 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     live = live or Live()
     shared = {} if shared is None else shared
     topology = live.topology or _once(shared, ("topology", scenario.topology), lambda: _topology(scenario))
-    device = usable(scenario.engine["device"], connected(scenario.engine["transport"], scenario.engine["timeout"]).size)
+    device = _device(scenario, shared)
     problem = live.problem or _once(
         shared,
-        ("problem", scenario.problem, scenario.data_seed, topology.n, device),
+        ("problem", scenario.problem, scenario.data_seed, topology.n, device.name),
         lambda: _problem(scenario, topology.n),
     )
     refuse_undeclared(problem)
-    problem.use(device)
+    problem.use(device.name)
     if problem.n != topology.n:
         raise InputError(
             f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
@@ -113,7 +114,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         base=scenario.base,
     )
     layout = Layout(topology, transport=_transport(scenario))
-    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout)
+    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout, device)
 
 
 def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
@@ -277,6 +278,12 @@ def _mixing(scenario: Scenario, topology: Topology) -> Any:
     return csr_array((parts["data"], parts["indices"], parts["offsets"]), shape=(topology.n, topology.n))
 
 
+def _device(scenario: Scenario, shared: dict[str, Any]) -> Device:
+    """Return this process's device, which all processes agree on once."""
+    kind = scenario.engine["device"]
+    return _once(shared, ("device", kind), lambda: usable(kind, _transport(scenario)))
+
+
 def _transport(scenario: Scenario) -> Transport:
     return connected(scenario.engine["transport"], scenario.engine["timeout"])
 
@@ -293,8 +300,12 @@ def _rounds(p: Prepared, x0: torch.Tensor) -> Player:
     if block == "auto" and p.scenario.engine["device"] != "cpu":
         block = max(1, p.layout.rows)  # a device is busy with all rows at once, and has no cache to fit
     assert isinstance(p.algorithm, SyncAlgorithm)
-    guard = guard_of(p)
-    player = Rounds(p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, p.scenario.stop, guard)
+    guard, links = guard_of(p), None
+    if p.device.name != "cpu" and p.algorithm.on_device:
+        x0, links = x0.to(p.device.name), p.layout.transport.links(*p.device)
+    player = Rounds(
+        p.algorithm, p.problem, p.layout, matrices, x0, p.scenario.seed, block, p.scenario.stop, guard, links
+    )
     player.set_pace(pace.of(p.scenario.engine, p.layout.rank))
     return player
 

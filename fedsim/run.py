@@ -371,7 +371,7 @@ def _facts(p: Prepared) -> dict[str, Any]:
         **p.scenario.identity(),
         "scenario_digest": p.scenario.digest(),
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), **prepare_machine()},
+        "machine": {"platform": platform.platform(), **prepare_machine(), "device": p.device.name},
         "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
         "problem": {"kind": p.problem.kind, "dim": p.problem.dim, **p.problem.facts()},
         "constants": [asdict(c) for c in p.algorithm.constants(p.setting)],

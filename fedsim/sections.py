@@ -76,8 +76,9 @@ class Engine:
     Attributes:
         transport: local, mpi or torch; auto finds the launcher that started the process.
         block: rows played together, or auto.
-        device: cpu, or cuda: module problems compute losses and gradients there, of all rows at once, in one process;
-            mixing, draws and metrics of rows stay on the CPU. Bits are then promised on no layout.
+        device: cpu, or cuda: module problems compute losses and gradients there, of all rows at once, and the state of
+            a synchronous algorithm lies and mixes there (not that of a private one). Processes of a host take its
+            devices in turn; rows travel by NCCL where each has one of its own. Bits are then promised on no layout.
         player: of events: auto, kernel (compiled), waves (batched gradients) or plain (one by one).
         timeout: seconds after which a silent process ends the job.
         gradient_seconds: what every gradient is stretched to, to show what heavy models would do; real time only.

@@ -237,7 +237,13 @@ class Algorithm(ABC):
 
 
 class SyncAlgorithm(Algorithm):
-    """Rounds. State is a dataclass whose fields are annotated `Rows` or `Shared`."""
+    """Rounds. State is a dataclass whose fields are annotated `Rows` or `Shared`.
+
+    Attributes:
+        on_device: whether its state may lie on an accelerator; else only gradients are computed there.
+    """
+
+    on_device: ClassVar[bool] = True
 
     @abstractmethod
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> Any:

@@ -89,7 +89,9 @@ class Compressed(SyncAlgorithm):
         self, who: Compressor, v: torch.Tensor, copy: torch.Tensor, total: torch.Tensor, rng: Draws, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Send `Q(v - copy)`; return the public copy and the weighted sum of the neighbours', both moved by it."""
-        packet = who.compress(v - copy, rng, name, self._sizes)
+        from fedsim.compression.compressors import compressed
+
+        packet = compressed(who, v - copy, rng, name, self._sizes)
         return copy + packet.dense, total + await Mix(packet)
 
 

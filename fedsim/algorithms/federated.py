@@ -248,7 +248,7 @@ class Controlled(Averaging):
         if mask is None:
             new, mean = (await self.mean(torch.cat([x, own], dim=1), f, mask)).split(dim, dim=1)
         else:
-            own = torch.where(torch.from_numpy(mask[f.nodes])[:, None], own, s.own)
+            own = torch.where(torch.from_numpy(mask[f.nodes]).to(own.device)[:, None], own, s.own)
             new, change = (await self.mean(torch.cat([x, own - s.own], dim=1), f, mask)).split(dim, dim=1)
             mean = s.mean + self.share(mask) * change
         return ControlState(await self.guarded(new, s.x, f, mask), own, mean.clone())

@@ -30,6 +30,7 @@ class PrivateAlgorithm(SyncAlgorithm):
     Without a `privacy` section nothing is protected: no noise is added, and radii may be left out.
     """
 
+    on_device: ClassVar[bool] = False  # noise, its generator and the ledger are the CPU's
     unit: ClassVar[Literal["record", "user"]] = "record"
     radii: ClassVar[tuple[str, ...]] = ()  # fields that bound what is released
     _common: bool = field(default=True, init=False, repr=False)

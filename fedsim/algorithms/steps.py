@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from fedsim.problems.rows import squared_norms
+from fedsim.problems.rows import row_sums
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -29,6 +29,7 @@ def clipped(g: torch.Tensor, limit: float | None) -> torch.Tensor:
     """Return rows `[rows, dim]` scaled down to norm `limit` where they are longer; None: as they are."""
     if limit is None:
         return g
-    norm = torch.from_numpy(squared_norms(g.numpy())).sqrt()
+    wide = g.double()
+    norm = row_sums(wide * wide).sqrt()
     factor = torch.where(norm > limit, limit / norm, torch.ones_like(norm))
     return g * factor[:, None].to(g.dtype)

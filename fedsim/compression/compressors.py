@@ -23,6 +23,7 @@ from fedsim.compression.packets import (
     Body,
     DensePacket,
     LevelsPacket,
+    MovedPacket,
     PowersPacket,
     SeededPacket,
     SignPacket,
@@ -258,7 +259,7 @@ class RandomK(_Sparse):
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Draw one seed a row, and take the places that it gives."""
         kept = self.kept(sizes)
-        seeds = rng.integers(purpose, 1, 2**53).numpy()[:, 0]
+        seeds = rng.integers(purpose, 1, 2**53).cpu().numpy()[:, 0]
         index = torch.from_numpy(np.stack([drawn_places(int(seed), kept) for seed in seeds]))
         values = self.narrow(v.gather(1, index))
         factor = kept[0][0] / kept[0][1] if self.unbiased else 1.0
@@ -293,7 +294,7 @@ class _Levels(Compressor):
         """Round `s |v| / norm` up or down at random, so that the mean is kept; a block of zeros stays 0."""
         rows, dim = v.shape
         block = min(self.block or dim, dim)
-        wide, drawn = v.numpy().astype(np.float64), rng.uniform(purpose, dim).numpy()
+        wide, drawn = v.numpy().astype(np.float64), rng.uniform(purpose, dim).cpu().numpy()
         factor = 1.0 / (1.0 + self.omega(block)) if self.scaled else 1.0
         levels, norms, dense = np.zeros((rows, dim), np.int64), [], np.zeros((rows, dim))
         for begin in range(0, dim, block):
@@ -351,7 +352,7 @@ class Natural(Compressor):
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Round `2^e (1 + m)` up with probability m."""
-        wide, drawn = v.numpy().astype(np.float64), rng.uniform(purpose, v.shape[1]).numpy()
+        wide, drawn = v.numpy().astype(np.float64), rng.uniform(purpose, v.shape[1]).cpu().numpy()
         mantissa, exponent = np.frexp(np.abs(wide))
         exponent = exponent - 1 + (drawn < 2.0 * mantissa - 1.0)
         tiny = np.abs(wide) < 2.0**LEAST_EXPONENT
@@ -389,6 +390,12 @@ def _rounded_up(norm: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return float32 numbers that are not smaller, so that no level passes s."""
     short = norm.astype(np.float32)
     return np.where(short < norm, np.nextafter(short, np.float32(np.inf)), short)
+
+
+def compressed(who: Compressor, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
+    """Return the packet of `v [rows, dim]`, wherever v lies; codecs are the CPU's."""
+    packet = who.compress(v.cpu(), rng, purpose, sizes)
+    return packet if v.device.type == "cpu" else MovedPacket(packet.dense.to(v.device), packet)
 
 
 def build(section: Mapping[str, Any] | str, where: str, base: Path | None = None) -> Compressor:

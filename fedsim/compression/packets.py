@@ -213,6 +213,26 @@ class SignPacket(Body):
         return np.where(negative, -scale, scale).astype(self.dense.numpy().dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class MovedPacket(Body):
+    """A packet whose `dense` values lie on another device than its codec's."""
+
+    dense: torch.Tensor
+    packet: Body
+
+    def lengths(self) -> Ints:
+        """Return those of the packet."""
+        return self.packet.lengths()
+
+    def encode(self, row: int) -> bytes:
+        """Return the packet's body of one row."""
+        return self.packet.encode(row)
+
+    def decode(self, body: bytes) -> NDArray:
+        """Return the row behind a body, in host memory."""
+        return self.packet.decode(body)
+
+
 def raw(values: torch.Tensor) -> bytes:
     """Return a row's memory."""
     return values.contiguous().view(torch.uint8).numpy().tobytes()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedsim.engine.addresses import addresses_of, copy_rows
@@ -93,6 +94,28 @@ class Ghosts:
         self._number += 1
         self._question = question
 
+    @property
+    def sent(self) -> dict[int, Ints]:
+        """Which own rows every peer needs."""
+        return self._to
+
+    @property
+    def came(self) -> dict[int, slice]:
+        """Where among the ghosts those of every peer stand."""
+        return {peer: slice(int(place[0]), int(place[-1]) + 1) for peer, place in self._places.items()}
+
+    def compare(self, width: int) -> None:
+        """Have ranks agree on a request whose rows of `width` bytes travel by other means.
+
+        Raises:
+            RunError: as `Underway.finish`.
+        """
+        head = np.array([self._number, zlib.crc32(self._question.encode()), width], np.int64)
+        theirs = {peer: np.empty(HEADER * 8, np.uint8) for peer in self._places}
+        self._layout.transport.exchange({peer: as_bytes(head) for peer in self._to}, theirs)
+        for peer, message in theirs.items():
+            self._check(peer, message.view(np.int64), head)
+
     def send(self, places: Ints, like: NDArray) -> Underway | None:
         """Send the rows that others need, and say where the ghosts' rows will lie; None with one rank.
 
@@ -139,8 +162,8 @@ class Ghosts:
         sends = {r: np.frombuffer(b"".join(parts), np.uint8) for r, parts in bodies.items()}
         receives = {r: np.empty(int(length.sum()), np.uint8) for r, length in lengths.items()}
         wait = self._layout.transport.start(sends, receives)
-        dense = packets[0].dense.numpy()
-        far = np.empty((len(self.positions), *dense.shape[1:]), dense.dtype)
+        dense = packets[0].dense
+        far = torch.empty(len(self.positions), *dense.shape[1:], dtype=dense.dtype).numpy()
 
         def finish() -> None:
             wait()

@@ -6,9 +6,12 @@ import ctypes
 import os
 import sys
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsim.errors import InputError
+
+if TYPE_CHECKING:
+    from fedsim.transport.transport import Transport
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -38,20 +41,26 @@ def prepare() -> dict[str, Any]:
     }
 
 
-def usable(device: str, processes: int) -> str:
-    """Return `engine.device`, if it can compute here.
+class Device(NamedTuple):
+    """Where a process computes: `cpu`, or `cuda:i`; `alone`: every process of the job has a device of its own."""
 
-    On cuda, float32 means float32 (no shorter products) and cuDNN takes no faster sums in changing order.
+    name: str
+    alone: bool = True
+
+
+def usable(device: str, transport: Transport) -> Device:
+    """Return the device of this process for `engine.device`, if it can compute here; all processes ask together.
+
+    On cuda, float32 means float32 (no shorter products) and cuDNN takes no faster sums in changing order. Processes of
+    a host take its devices in turn; where they are more than devices, several share one.
 
     Raises:
-        InputError: cuda without a device, or over several processes.
+        InputError: cuda without a device.
     """
     if device == "cpu":
-        return device
+        return Device(device)
     import torch
 
-    if processes > 1:
-        raise InputError(f"engine.device: {device} plays in one process, and {processes} were started; say device: cpu")
     if not torch.cuda.is_available():
         built = "built for the CPU" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         raise InputError(
@@ -60,7 +69,12 @@ def usable(device: str, processes: int) -> str:
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    return device
+    from fedsim.transport.links import own_device
+
+    of = torch.cuda.get_device_properties
+    number, alone = own_device(torch.cuda.device_count(), transport, lambda i: str(getattr(of(i), "uuid", i)))
+    torch.cuda.set_device(number)
+    return Device(f"cuda:{number}", alone)
 
 
 def _threads() -> int:

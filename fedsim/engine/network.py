@@ -143,20 +143,26 @@ class LocalNetwork:
     def _sum(self, requests: list[Any], mean: bool) -> list[torch.Tensor]:
         values = torch.cat([dense(r.v) for r in requests])
         weight = None if requests[0].weight is None else torch.cat([r.weight for r in requests])
-        mask = None if requests[0].rows is None else torch.from_numpy(requests[0].rows[self._layout.nodes])
-        terms = values if weight is None else values * weight[:, None].to(values.dtype)
+        mask = None if requests[0].rows is None else requests[0].rows[self._layout.nodes]
+        terms = values if weight is None else values * weight[:, None].to(values)
         if mask is not None:
-            terms = torch.where(mask[:, None], terms, torch.zeros_like(terms))
-        total = global_sum(terms, self._layout)[None]
+            terms = torch.where(torch.from_numpy(mask).to(terms.device)[:, None], terms, torch.zeros_like(terms))
+        total = self._total(terms)[None]
         self._charge_sum(requests, values, weight, mask, total)
         if mean:
             total = total / self._mass(weight, mask, requests[0].rows)
         return [total] * len(requests)
 
-    def _mass(self, weight: torch.Tensor | None, mask: torch.Tensor | None, rows: NDArray[np.bool_] | None) -> float:
+    def _total(self, terms: torch.Tensor) -> torch.Tensor:
+        return global_sum(terms, self._layout)
+
+    def _mass(
+        self, weight: torch.Tensor | None, mask: NDArray[np.bool_] | None, rows: NDArray[np.bool_] | None
+    ) -> float:
         if weight is None:
             return float(self._layout.n if rows is None else np.count_nonzero(rows))
-        kept = weight if mask is None else torch.where(mask, weight, torch.zeros_like(weight))
+        weight = weight.cpu()
+        kept = weight if mask is None else torch.where(torch.from_numpy(mask), weight, torch.zeros_like(weight))
         return float(global_sum(kept[:, None], self._layout)[0])
 
     def _charge_edges(self, requests: list[Any], values: list[torch.Tensor]) -> None:
@@ -188,11 +194,11 @@ class LocalNetwork:
         requests: list[Any],
         values: torch.Tensor,
         weight: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: NDArray[np.bool_] | None,
         total: torch.Tensor,
     ) -> None:
-        taking_part = np.ones(len(values), bool) if mask is None else mask.numpy()
-        sending = taking_part if weight is None else taking_part & (weight.numpy() != 0)
+        taking_part = np.ones(len(values), bool) if mask is None else mask
+        sending = taking_part if weight is None else taking_part & (weight.cpu().numpy() != 0)
         up, down = int(sending.sum()), int(taking_part.sum())
         size_up = int(lengths(requests, [dense(r.v) for r in requests])[sending].sum())
         size_down = down * total.numel() * total.element_size()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import SyncAlgorithm
 from fedsim.algorithms.requests import Rows
+from fedsim.engine.accelerator import DeviceNetwork
 from fedsim.engine.budget import Budget
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
@@ -29,6 +30,7 @@ from fedsim.problems.problem import Problem
 
 if TYPE_CHECKING:
     from fedsim.privacy.guard import Guard
+    from fedsim.transport.links import Links
 
 BLOCK_BYTES = 1 << 20  # of one variable: blocks of this size are fastest, they stay in the second-level cache
 START = 0xFFFFFFFF  # the step of draws made before round 0
@@ -44,6 +46,7 @@ class Rounds:
         x0: `[rows, dim]`, position order. seed: of batches and all other draws.
         block: rows per block, or "auto". stop: counts that may not be passed, all nodes together.
         guard: of a private algorithm's releases.
+        links: how rows get to other processes' devices; None: x0 lies on the CPU.
 
     Attributes:
         spent: the count whose bound ended the run. The state is that of the last round within it; of the round that
@@ -61,6 +64,7 @@ class Rounds:
         block: int | Literal["auto"] = "auto",
         stop: Mapping[str, float] | None = None,
         guard: Guard | None = None,
+        links: Links | None = None,
     ) -> None:
         self.counts = Counts()
         self.spent: str | None = None
@@ -70,7 +74,8 @@ class Rounds:
         self._streams = Streams(seed)
         check(getattr(algorithm, "batch", None), problem.records, problem.kind)
         self._blocks = _blocks(layout.rows, x0, block)
-        self._network = LocalNetwork(layout, self._blocks, matrices, self.counts)
+        parts = layout, self._blocks, matrices, self.counts
+        self._network = LocalNetwork(*parts) if links is None else DeviceNetwork(*parts, x0.device, links)
         self._network.guard = self.guard = guard
         nodes = [layout.nodes[rows] for rows in self._blocks]
         self._oracles = [BlockOracle(problem, own, self._streams, self.counts, limit) for own in nodes]
@@ -153,16 +158,18 @@ class Rounds:
         """Return every node's answer `[rows, dim]`; the observation is not charged."""
         if type(self._algorithm).answer is not SyncAlgorithm.answer:
             return self._asked_for()
-        return torch.cat(
-            [self._algorithm.output(s, oracle) for s, oracle in zip(self._states, self._quiet, strict=True)]
-        ).detach()
+        return (
+            torch.cat([self._algorithm.output(s, oracle) for s, oracle in zip(self._states, self._quiet, strict=True)])
+            .detach()
+            .cpu()
+        )
 
     def _asked_for(self) -> torch.Tensor:
         before = self.counts.as_dict()
         pairs = zip(self._states, self._quiet, strict=True)
         answers = self._drive([self._algorithm.answer(s, oracle) for s, oracle in pairs])
         self.counts.restore(before)
-        return torch.cat(answers)
+        return torch.cat(answers).cpu()
 
     def measures(self) -> dict[str, float]:
         """Return the means over all nodes of what the algorithm measures of its rows, and what packets saved."""
@@ -171,7 +178,7 @@ class Rounds:
         n = self._layout.n
         own = self.guard.columns() if self.guard else {}
         return own | {
-            name: float(global_sum(torch.cat([p[name] for p in parts]).double()[:, None], self._layout)[0]) / n
+            name: float(global_sum(torch.cat([p[name] for p in parts]).cpu().double()[:, None], self._layout)[0]) / n
             for name in parts[0]
         }
 
@@ -237,11 +244,11 @@ class Rounds:
     def _restored(self, block: int, name: str, value: NDArray) -> Any:
         before = getattr(self._states[block], name)
         if isinstance(before, torch.Tensor) or before is None:
-            return torch.from_numpy(np.ascontiguousarray(value))
+            return torch.from_numpy(np.ascontiguousarray(value)).to(self._x0.device)
         return type(before)(value.item())
 
     def _draws(self, oracle: BlockOracle, step: int) -> RoundDraws:
-        return RoundDraws(self._streams, oracle.nodes, step)
+        return RoundDraws(self._streams, oracle.nodes, step, self._x0.device)
 
     def _drive(self, blocks: list[Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run every block to its next request, answer all, and so on to the end of the round."""
@@ -329,4 +336,4 @@ def _blocks(rows: int, x0: torch.Tensor, block: int | Literal["auto"]) -> list[s
 
 
 def _as_array(value: Any) -> NDArray:
-    return value.detach().numpy() if isinstance(value, torch.Tensor) else np.array([value])
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.array([value])

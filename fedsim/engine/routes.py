@@ -49,7 +49,11 @@ class Routes:
         self._charge(table, values)
         if self._layout.size > 1:
             return self._blockwise(*self._across(values, order, table, question))
-        return self._blockwise(values if order is None else taken(values, order), table, np.sort(self._layout.nodes))
+        ordered = values if order is None else self._taken(values, order)
+        return self._blockwise(ordered, table, np.sort(self._layout.nodes))
+
+    def _taken(self, values: torch.Tensor, order: Ints) -> torch.Tensor:
+        return taken(values, order)
 
     def _addresses(self, requests: list[Any], items: int) -> tuple[Ints, Ints]:
         """Return positions of destinations, and sources as places among this rank's node numbers."""

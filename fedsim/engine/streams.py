@@ -129,21 +129,27 @@ class Streams:
 class RoundDraws:
     """The draws of a block of nodes in one round; see `fedsim.algorithms.algorithm.Draws`."""
 
-    def __init__(self, streams: Streams, nodes: NDArray[np.int64], step: int) -> None:
-        self.streams, self.nodes, self.step = streams, nodes, step
+    def __init__(
+        self, streams: Streams, nodes: NDArray[np.int64], step: int, device: torch.device | None = None
+    ) -> None:
+        self.streams, self.nodes, self.step, self._device = streams, nodes, step, device
 
     def uniform(self, purpose: str, count: int) -> torch.Tensor:
         """Return `[rows, count]` in [0, 1)."""
-        return torch.from_numpy(self.streams.uniform(purpose, self.nodes, self.step, count))
+        return self._there(self.streams.uniform(purpose, self.nodes, self.step, count))
 
     def normal(self, purpose: str, count: int) -> torch.Tensor:
         """Return `[rows, count]`, standard normal."""
-        return torch.from_numpy(self.streams.normal(purpose, self.nodes, self.step, count))
+        return self._there(self.streams.normal(purpose, self.nodes, self.step, count))
 
     def integers(self, purpose: str, count: int, high: NDArray[np.int64] | int) -> torch.Tensor:
         """Return int64 `[rows, count]` in [0, high)."""
-        return torch.from_numpy(self.streams.integers(purpose, self.nodes, self.step, count, high))
+        return self._there(self.streams.integers(purpose, self.nodes, self.step, count, high))
 
     def shared(self, purpose: str) -> np.random.Generator:
         """Return a generator equal on every node in this round."""
         return self.streams.shared(purpose, self.step)
+
+    def _there(self, drawn: NDArray) -> torch.Tensor:
+        """Return numbers where the rows are: they are drawn on the CPU, so that no device changes them."""
+        return torch.from_numpy(drawn).to(self._device)

@@ -7,7 +7,7 @@ that of its left half plus that of its right half. A process that holds `lo..hi`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,13 +82,13 @@ def _interval(values: NDArray, height: int) -> NDArray:
     return source[0]
 
 
-def finish(tiles: list[tuple[int, int]], sums: NDArray, n: int) -> NDArray:
-    """Return the sum over all n positions `[d]` from tiles that cover them once."""
+def finish(tiles: list[tuple[int, int]], sums: Any, n: int) -> Any:
+    """Return the sum over all n positions `[d]` from tiles that cover them once; `sums [tiles, d]` array or tensor."""
     known = {tile: sums[i] for i, tile in enumerate(tiles)}
     return _resolve((n - 1).bit_length(), 0, known, n)
 
 
-def _resolve(height: int, index: int, known: dict[tuple[int, int], NDArray], n: int) -> NDArray:
+def _resolve(height: int, index: int, known: dict[tuple[int, int], Any], n: int) -> Any:
     if (height, index) in known:
         return known[(height, index)]
     left, right = 2 * index, 2 * index + 1

@@ -97,11 +97,11 @@ class ModuleProblem(Problem):
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
-        g = self._rows.gradient(x.to(self._device), *self._inputs(nodes, batch)).cpu()
+        g = self._rows.gradient(x.to(self._device), *self._inputs(nodes, batch)).to(x.device)
         if self.l2:
             g += self.l2 * x
         if self._scaled:
-            g *= self._scale[nodes][:, None]
+            g *= self._scale[nodes][:, None].to(x.device)
         return g
 
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:

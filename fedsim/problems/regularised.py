@@ -102,6 +102,7 @@ class Regularised(Problem):
     def use(self, device: str) -> None:
         """Compute the smooth part on this device."""
         self.smooth.use(device)
+        self.rows_alone = self.smooth.rows_alone
 
     def facts(self) -> dict[str, Any]:
         """Return those of the smooth part, and the term."""

@@ -193,7 +193,7 @@ class RowGradients:
 
     def _why_alone(self, names: set[str], places: torch.Tensor) -> str | None:
         unknown = sorted(names - KEEPS_BITS)
-        if unknown:
+        if unknown and self._a.device.type == "cpu":  # elsewhere no bits are promised, and rows together are faster
             return f"bits of {', '.join(unknown)} may depend on the rows beside"
         weights, twice = self.initial.new_full((2, len(places)), 1.0), places.expand(2, -1)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -31,3 +32,10 @@ def squared_norms(values: NDArray) -> NDArray[np.float64]:
     """Return `||v_i||^2` of each row."""
     wide = np.ascontiguousarray(values, dtype=np.float64)
     return sums(wide * wide)
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each row `[rows]`, float64, by `sums`; on an accelerator as it sums."""
+    if values.device.type != "cpu":
+        return values.double().sum(dim=1)
+    return torch.from_numpy(sums(values.contiguous().numpy(force=True)))

@@ -1,10 +1,10 @@
-"""Processes started by torchrun: buffers over torch.distributed (gloo)."""
+"""Processes started by torchrun: buffers over torch.distributed (gloo), rows on accelerators over NCCL."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim.transport.links import Links, Tensors
 from fedsim.transport.transport import Bytes, Transport
 
 
@@ -88,6 +89,12 @@ class TorchTransport(Transport):
             self._dist.broadcast(data, src=root)
         return data.numpy()
 
+    def links(self, device: str, alone: bool) -> Links:
+        """Return links over NCCL where every process has a CUDA device of its own."""
+        if alone and device.startswith("cuda"):
+            return GroupLinks(self, self._dist, self._dist.new_group(backend="nccl"), device)
+        return super().links(device, alone)
+
     def abort(self, message: str) -> None:
         """Print the message and end this process at once: torchrun then ends the others."""
         print(message, file=sys.stderr, flush=True)
@@ -102,3 +109,47 @@ class TorchTransport(Transport):
         with self._waits():
             self._dist.barrier()
         self._dist.destroy_process_group()
+
+
+class GroupLinks:
+    """Rows between the devices of a process group: NCCL, which does not touch host memory.
+
+    Args:
+        transport: counts what is moved. dist: torch.distributed. group: of all processes. device: this process's.
+    """
+
+    def __init__(self, transport: TorchTransport, dist: Any, group: Any, device: str) -> None:
+        self._transport, self._dist, self._group = transport, dist, group
+        # messages between two need connections between all, which the first collective makes
+        dist.all_reduce(torch.zeros(1).to(device), group=group)
+
+    def start(self, sends: Tensors, receives: Tensors) -> Callable[[], None]:
+        """Post all receives and sends at once; see `Links`."""
+        ops = [self._dist.P2POp(self._dist.irecv, t, peer, self._group) for peer, t in receives.items()]
+        for peer, tensor in sends.items():
+            ops.append(self._dist.P2POp(self._dist.isend, tensor.contiguous(), peer, self._group))
+            self._transport.moved += tensor.numel() * tensor.element_size()
+        works = self._dist.batch_isend_irecv(ops) if ops else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+    def all_gather(self, mine: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Gather rows padded to the longest; see `Links`."""
+        padded = mine.new_zeros(max(counts), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in counts]
+        self._dist.all_gather(parts, padded, group=self._group)
+        self._transport.moved += padded.numel() * padded.element_size() * (len(counts) - 1)
+        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+    def all_to_all(self, rows: torch.Tensor, lengths: list[int], expected: list[int]) -> torch.Tensor:
+        """Send and receive all parts in one collective (`all_to_all_single`); see `Links`."""
+        arrived = rows.new_empty(sum(expected), *rows.shape[1:])
+        self._dist.all_to_all_single(arrived, rows.contiguous(), expected, lengths, group=self._group)
+        away = sum(lengths) - lengths[self._transport.rank]
+        self._transport.moved += away * rows.new_empty(1, *rows.shape[1:]).nbytes
+        return arrived

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fedsim.transport.links import Links
 
 Bytes = NDArray[np.uint8]
 
@@ -57,6 +60,16 @@ class Transport(Protocol):
     def broadcast(self, buffer: Bytes | None, root: int = 0) -> Bytes:
         """Return root's buffer on every process."""
         ...
+
+    def links(self, device: str, alone: bool) -> Links:
+        """Return what moves rows on accelerators, which all processes ask for together.
+
+        Args:
+            device: this process's. alone: whether every process has one of its own.
+        """
+        from fedsim.transport.links import ThroughHost
+
+        return ThroughHost(self)
 
     def abort(self, message: str) -> None:
         """End the whole job with a message; does not return where there are other processes."""

@@ -1,0 +1,172 @@
+"""The network of states that lie on an accelerator: the same requests, counts and order of sums, in torch.
+
+Bits are not promised there, and results agree with those of the CPU to the rounding of the state's type: products and
+sums may be fused, and float32 is not summed in float64. On CPU tensors this network has the bits of the CPU's own in
+float64, which is how it is tested where there is no accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedsim.algorithms.requests import Gathered
+from fedsim.engine.ghosts import Csr, Ints
+from fedsim.engine.network import LocalNetwork, dense
+from fedsim.engine.routes import Routes, merged, rows_at
+from fedsim.engine.sums import finish, intervals
+
+if TYPE_CHECKING:
+    from fedsim.engine.counts import Counts
+    from fedsim.engine.layout import Layout
+    from fedsim.transport.links import Links
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A sparse matrix's rows, most neighbours first: pass p adds the p-th neighbour of all rows that have so many.
+
+    Attributes:
+        rows: which rows. each: per pass, columns and weights of the first rows.
+    """
+
+    rows: torch.Tensor
+    each: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @staticmethod
+    def of(csr: Csr, rows: Ints, device: torch.device) -> Passes:
+        """Return the passes of some rows of a CSR matrix, on a device."""
+        offsets, columns, weights = csr
+        counts = offsets[rows + 1] - offsets[rows]
+        rows = rows[np.argsort(-counts, kind="stable")]
+        each = []
+        for p in range(int(counts.max(initial=0))):
+            at = offsets[rows[: np.count_nonzero(counts > p)]] + p
+            each.append((torch.from_numpy(columns[at]).to(device), torch.from_numpy(weights[at]).to(device)))
+        return Passes(torch.from_numpy(rows).to(device), each)
+
+    def add_to(self, out: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the rows' sums over `values` to `out`, left to right."""
+        total = values.new_zeros(len(self.rows), values.shape[1])
+        for columns, weights in self.each:
+            total[: len(columns)] += weights.to(values.dtype)[:, None] * values[columns]
+        out[self.rows] = total
+
+
+class DeviceNetwork(LocalNetwork):
+    """Answers requests of rows on one device.
+
+    Args:
+        device: of this process's rows. links: how rows get to other processes' devices.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: Sequence[slice],
+        matrices: dict[str, Any],
+        counts: Counts,
+        device: torch.device,
+        links: Links,
+    ) -> None:
+        super().__init__(layout, blocks, matrices, counts)
+        self._device, self._links = device, links
+        self._routes = DeviceRoutes(layout, blocks, counts, links)
+        self._passes = {name: self._both(csr, self._inner[name]) for name, csr in self._csr.items()}
+        self._sent = {peer: torch.from_numpy(rows).to(device) for peer, rows in self._ghosts.sent.items()}
+
+    def _both(self, csr: Csr, inner: slice) -> tuple[Passes, Passes]:
+        """Return the passes of rows that need nothing from elsewhere, and of the others."""
+        rows = np.arange(self._layout.rows)
+        outer = np.concatenate([rows[: inner.start], rows[inner.stop :]])
+        return Passes.of(csr, rows[inner], self._device), Passes.of(csr, outer, self._device)
+
+    def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
+        self._matrix(matrix)
+        inner, outer = self._passes[matrix]
+        everything, wait = self._bring(requests)
+        out = torch.empty_like(everything[: self._layout.rows])
+        inner.add_to(out, everything)
+        wait()
+        outer.add_to(out, everything)
+        return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
+
+    def _gather(self, requests: list[Any]) -> list[Gathered]:
+        offsets, columns, _ = self._matrix("adjacency")
+        everything, wait = self._bring(requests)
+        wait()
+        nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
+        answers = []
+        for rows in self._blocks:
+            begin, end = offsets[rows.start], offsets[rows.stop]
+            chosen = columns[begin:end]
+            local = offsets[rows.start : rows.stop + 1] - begin
+            answers.append(Gathered(everything[torch.from_numpy(chosen).to(self._device)], local, nodes[chosen]))
+        return answers
+
+    def _bring(self, requests: list[Any]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Return own rows, then the ghosts', which are there after a wait."""
+        values = [dense(r.v).detach() for r in requests]
+        self._charge_edges(requests, values)
+        own, ghosts = torch.cat(values), self._ghosts
+        if self._layout.size == 1:
+            return own, lambda: None
+        if not isinstance(requests[0].v, torch.Tensor):  # codecs are the CPU's
+            far = ghosts.send_packed([r.v for r in requests], self._blocks)
+            assert far is not None
+            far.finish()
+            return torch.cat([own, rows_at(far.addresses, own[:0].cpu()).to(self._device)]), lambda: None
+        ghosts.compare(own[:1].nbytes)
+        everything = own.new_empty(len(own) + len(ghosts.positions), own.shape[1])
+        everything[: len(own)] = own
+        came = everything[len(own) :]
+        sends = {peer: own[rows] for peer, rows in self._sent.items()}
+        return everything, self._links.start(sends, {peer: came[place] for peer, place in ghosts.came.items()})
+
+    def _total(self, terms: torch.Tensor) -> torch.Tensor:
+        layout = self._layout
+        tiles = [intervals(int(a), int(b), layout.n) for a, b in pairwise(layout.ranges)]
+        sums = torch.stack([_tree(terms[_rows(tile, layout)]) for tile in tiles[layout.rank]])
+        if layout.size > 1:
+            sums = torch.cat(self._links.all_gather(sums, [len(part) for part in tiles]))
+        return finish([tile for part in tiles for tile in part], sums, layout.n).clone()
+
+
+def _rows(tile: tuple[int, int], layout: Layout) -> slice:
+    height, index = tile
+    return slice((index << height) - layout.lo, min((index + 1) << height, layout.n) - layout.lo)
+
+
+def _tree(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of one interval's rows by its tree."""
+    while len(values) > 1:
+        pairs = len(values) // 2 * 2
+        values = torch.cat([values[0:pairs:2] + values[1:pairs:2], values[pairs:]])
+    return values[0]
+
+
+class DeviceRoutes(Routes):
+    """Routes items that lie on a device; who gets how many is worked out on the CPU."""
+
+    def __init__(self, layout: Layout, blocks: Sequence[slice], counts: Counts, links: Links) -> None:
+        super().__init__(layout, blocks, counts)
+        self._links = links
+
+    def _taken(self, values: torch.Tensor, order: Ints) -> torch.Tensor:
+        return values[torch.from_numpy(order).to(values.device)]
+
+    def _across(
+        self, values: torch.Tensor, order: Ints | None, table: Ints, question: str
+    ) -> tuple[torch.Tensor, Ints, Ints]:
+        layout, nodes = self._layout, np.concatenate(self._sources)
+        tables = self._tables(table, values.new_empty(1, *values.shape[1:]).nbytes, question)
+        begin, whole = merged(tables, np.argsort(nodes))
+        lengths = [int(table[a:b].sum()) for a, b in pairwise(layout.ranges)]
+        packed = values if order is None else self._taken(values, order)
+        arrived = self._links.all_to_all(packed, lengths, [int(t.sum()) for t in tables])
+        return (arrived if begin is None else self._taken(arrived, begin)), whole, np.sort(nodes)
