@@ -64,12 +64,13 @@ def report(facts: dict[str, Any]) -> str:
 def _cuda() -> list[str]:
     """Return the CUDA devices that torch sees, with NCCL's version beside the first."""
     import torch
+    from torch.cuda import nccl
 
     if not torch.cuda.is_available():
         return []
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
-    return [f"{names[0]} (NCCL {nccl})", *names[1:]]
+    release = ".".join(str(part) for part in nccl.version())
+    return [f"{names[0]} (NCCL {release})", *names[1:]]
 
 
 def _version(name: str) -> str | None:
