@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from fedsim.engine.machine import one_at_a_time
 
 PROGRAM = """
 import json, sys
@@ -54,3 +57,19 @@ def test_what_the_user_has_set_is_kept_and_recorded():
 def test_a_number_of_threads_that_is_none_is_refused(given):
     """A mistyped FEDSIM_THREADS is an input error that says what is needed."""
     assert f"InputError: FEDSIM_THREADS: {given!r} given; a whole number" in _prepared(FEDSIM_THREADS=given).stderr
+
+
+def test_what_all_processes_would_compile_one_of_them_does():
+    """Whoever comes second waits outside until the first has left; the lock is the file's, not the process's."""
+    entered = threading.Event()
+
+    def second():
+        with one_at_a_time("test"):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with one_at_a_time("test"):
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(20)
+    thread.join()

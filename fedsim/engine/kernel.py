@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedsim.engine.clocks import Batch
 from fedsim.engine.flow import FlowTable, flow_matrix, lean
+from fedsim.engine.machine import one_at_a_time
 from fedsim.engine.sampling import KINDS, draw_batch, width
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def with_gradient(function: Callable[..., Any], gradient: Any, *arguments: Any) 
 def _compiled(function: Callable[..., Any], rest: tuple[types.Type, ...]) -> Callable[..., Any]:
     """Return a function compiled once per machine, then read from numba's cache."""
     compiled = njit(cache=True, error_model="numpy", nogil=True)(function)
-    compiled.compile((GRADIENT, *rest))
+    with one_at_a_time("compile"):  # the ranks of a host need the same one: the first makes it, the others read it
+        compiled.compile((GRADIENT, *rest))
     compiled.disable_compile()
     return compiled
 

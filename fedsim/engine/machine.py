@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsim.errors import InputError
@@ -75,6 +79,21 @@ def usable(device: str, transport: Transport) -> Device:
     number, alone = own_device(torch.cuda.device_count(), transport, lambda i: str(getattr(of(i), "uuid", i)))
     torch.cuda.set_device(number)
     return Device(f"cuda:{number}", alone)
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Let one process of this user and host at a time through; where files cannot be locked, all of them."""
+    try:
+        import fcntl
+
+        file = open(Path(tempfile.gettempdir()) / f"fedsim-{os.getuid()}-{what}.lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        yield
+        return
+    with file:  # closing it lets the next one through
+        yield
 
 
 def _threads() -> int:
