@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,15 +84,12 @@ def usable(device: str, transport: Transport) -> Device:
 @contextmanager
 def one_at_a_time(what: str) -> Iterator[None]:
     """Let one process of this user and host at a time through; where files cannot be locked, all of them."""
-    try:
-        import fcntl
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
 
-        file = open(Path(tempfile.gettempdir()) / f"fedsim-{os.getuid()}-{what}.lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        yield
-        return
-    with file:  # closing it lets the next one through
+            file = stack.enter_context(open(Path(tempfile.gettempdir()) / f"fedsim-{os.getuid()}-{what}.lock", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         yield
 
 
