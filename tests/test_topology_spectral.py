@@ -58,6 +58,32 @@ def test_closed_forms_equal_dense_algebra(text: str):
     assert resistances(topology, ones) == pytest.approx(dense.resistances, rel=1e-11)
 
 
+LATTICES = [  # as networkx makes them: known by their degrees or parameters
+    *("cycle_graph:9", "star_graph:9", "complete_graph:6", "path_graph:7", "hypercube_graph:4", "grid_2d_graph:5,4"),
+    *("grid_2d_graph:5,4,periodic=true", "grid_graph:[3,4,5],periodic=true", "grid_graph:[2,4,2],periodic=true"),
+    *("grid_graph:[5],periodic=true", "grid_graph:[5]"),
+]
+
+
+@pytest.mark.parametrize("text", LATTICES)
+def test_closed_forms_know_the_lattices_of_networkx(text: str, monkeypatch):
+    """Rings, stars, complete graphs and tori of any dimension are exact beyond the dense limit, whoever names them."""
+    topology = build(text)
+    rates = np.full(topology.m, 0.37)
+    dense = Spectrum(topology, rates)
+    monkeypatch.setattr(spectral, "DENSE", 2)
+    found = chi(topology, rates)
+    assert found.exact
+    assert (found.chi1, found.chi2) == pytest.approx((dense.chi1, dense.chi2), rel=1e-11)
+
+
+def test_a_ring_from_a_file_is_a_ring(tmp_path):
+    """A graph without a name is recognised by its degrees, at any size."""
+    (tmp_path / "loop.edges").write_text("\n".join(f"{i} {(i + 1) % 2100}" for i in range(2100)))
+    topology = build({"file": "loop.edges"}, tmp_path)
+    assert chi(topology, np.ones(2100)) == chi(build("ring:2100"), np.ones(2100))
+
+
 @st.composite
 def weighted_graphs(draw):
     n = draw(st.integers(2, 9))
