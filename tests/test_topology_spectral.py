@@ -157,6 +157,7 @@ def test_large_graphs_get_certified_upper_bounds(monkeypatch):
         ([1, np.nan, 1, 1], "rate of edge"),
         ([1, 1, 1], "4 edges"),
         ([0, 0, 1, 1], "never meet"),
+        ([1e-16, 1, 1e-16, 1], "lost in rounding"),
     ],
 )
 def test_rates_that_cannot_be_used_are_refused(rates: list, words: str):
