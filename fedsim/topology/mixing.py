@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology.spectral import laplacian
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class MixingSection:
+    """What a scenario's `mixing` may say.
+
+    Attributes:
+        kind: metropolis, max_degree, fdla or fastest_mixing.
+        file: a .npy array [n, n] or a scipy sparse .npz over node numbers, in place of kind.
+        lazy: (I + W) / 2 in place of W.
+    """
+
+    kind: str = "metropolis"
+    file: str | None = None
+    lazy: Annotated[bool, Field(strict=True)] = False
 
 
 def metropolis(topology: Topology) -> Vector:
@@ -60,6 +77,8 @@ def build_mixing(spec: Mapping[str, Any], topology: Topology, base: Path | None 
             raise InputError(
                 f"mixing: unknown key {key!r}{did_you_mean(str(key), allowed)}; known are {', '.join(allowed)}"
             )
+    if "file" in spec and "kind" in spec:
+        raise InputError("mixing: give kind or file, not both")
     if "file" in spec:
         return _from_file(str(spec["file"]), topology, base or Path.cwd(), bool(spec.get("lazy", False)))
     return mixing_matrix(topology, spec.get("kind", "metropolis"), lazy=bool(spec.get("lazy", False)))
