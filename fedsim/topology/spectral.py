@@ -81,8 +81,8 @@ def _dense_chi(topology: Topology, rates: Vector) -> Chi:
     if eigenvalues[1] <= LOST * eigenvalues[-1]:
         fires = rates[rates > 0]
         raise InputError(
-            f"rates of {topology.name!r}: from {fires.min():.3g} to {fires.max():.3g} they differ so much that lambda_2 "
-            "is lost in rounding; raise the smallest, or set them to 0 so that their edges never fire"
+            f"rates of {topology.name!r}: from {fires.min():.3g} to {fires.max():.3g} they differ so much that "
+            "lambda_2 is lost in rounding; raise the smallest, or set them to 0 so that their edges never fire"
         )
     return Chi(float(1 / eigenvalues[1]), spectrum.chi2, True)
 
