@@ -222,6 +222,7 @@ def test_mixing_gap_of_a_large_torus_is_a_closed_form(monkeypatch):
         (lambda w: w[:3], "shape"),
         (lambda w: w * np.nan, "finite"),
         (lambda w: np.full((4, 4), 0.25), "share no edge"),
+        (lambda w: np.eye(4) - 1.8 * (np.eye(4) - w), "magnitude 1.4 .* diverges"),
     ],
 )
 def test_a_mixing_matrix_from_a_file_is_checked(tmp_path, change, words: str):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedsim.errors import InputError, did_you_mean
-from fedsim.topology.spectral import laplacian
+from fedsim.topology.spectral import laplacian, mixing_gap
 from fedsim.topology.topology import Topology
 
 if TYPE_CHECKING:
@@ -175,4 +175,10 @@ def _from_file(file: str, topology: Topology, base: Path, lazy: bool) -> csr_arr
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"mixing: cannot read {file!r}: {error}") from None
     checked(matrix, topology)
-    return checked(csr_array((matrix + eye_array(topology.n)) * 0.5) if lazy else matrix, topology)
+    mixing = checked(csr_array((matrix + eye_array(topology.n)) * 0.5) if lazy else matrix, topology)
+    if mixing.data.min() < 0 and mixing_gap(mixing, topology) < -TOLERANCE:
+        raise InputError(
+            f"mixing on {topology.name!r}: {file!r} has negative entries and an eigenvalue of magnitude "
+            f"{1 - mixing_gap(mixing, topology):.6g} beside the 1 of the mean: mixing with it diverges"
+        )
+    return mixing
