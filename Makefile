@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A stamp, so that the environment is made once and refreshed when the pins change.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Making a virtual environment in $(VENV) (about a minute)..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --constraint constraints.txt torch -e ".[mpi,dp]"
 	@touch $@
 

@@ -88,14 +88,8 @@ def check_named(sections: dict[str, Any], base: Path, mistakes: Mistakes) -> Non
         if isinstance(problem.get(part), Mapping):
             _check_component(("problem", part), part, problem[part], base, mistakes)
     _check_topology(sections.get("topology"), base, mistakes)
-    _check_kind("rates", sections.get("rates"), registry.RATES.split(), _rates_keys(), mistakes)
-    _check_kind("mixing", sections.get("mixing"), registry.MIXINGS.split(), ("lazy",), mistakes)
-
-
-def _rates_keys() -> tuple[str, ...]:
-    from fedsim.topology.rates import KEYS as keys
-
-    return tuple(k for k in (*keys, "scale") if k not in ("kind", "file"))
+    _check_rates(sections.get("rates"), mistakes)
+    _check_mixing(sections.get("mixing"), mistakes)
 
 
 # Keys that stand beside the component's own, with what reads them.
@@ -161,19 +155,38 @@ def _check_topology(values: Mapping[str, Any] | None, base: Path, mistakes: Mist
     known_keys(("topology",), values, ("kind", "name", "order", *allowed), mistakes)
 
 
-def _check_kind(
-    section: str, values: Mapping[str, Any] | None, kinds: Sequence[str], keys: Sequence[str], mistakes: Mistakes
-) -> None:
+def _check_rates(values: Mapping[str, Any] | None, mistakes: Mistakes) -> None:
     if values is None:
         return
+    from fedsim.topology.rates import RatesSection, clashes
+
+    _check_kind("rates", values, registry.RATES.split(), RatesSection, mistakes)
+    for key, why in clashes(values):
+        mistakes.add(("rates", key), why)
+
+
+def _check_mixing(values: Mapping[str, Any] | None, mistakes: Mistakes) -> None:
+    if values is None:
+        return
+    from fedsim.topology.mixing import MixingSection
+
+    _check_kind("mixing", values, registry.MIXINGS.split(), MixingSection, mistakes)
+    if "file" in values and "kind" in values:
+        mistakes.add(("mixing", "kind"), "does not go with file: give one of them")
+
+
+def _check_kind(section: str, values: Mapping[str, Any], kinds: Sequence[str], cls: type, mistakes: Mistakes) -> None:
+    """Check a section that names one of `kinds`, or a file, and whose other keys are those of `cls`."""
     kind = values.get("kind", kinds[0])
-    if kind not in kinds and "file" not in values:
+    if kind not in kinds:
         mistakes.add(
             (section, "kind"), f"{kind!r} is not known{did_you_mean(str(kind), kinds)}; known: {', '.join(kinds)}"
         )
-    known_keys((section,), values, ("kind", "file", *keys), mistakes)
-    if section == "rates" and values.get("scale", "theory") not in ("theory", "none", None):
-        mistakes.add(("rates", "scale"), f"{values['scale']!r} given; theory or none is needed")
+    known = known_keys((section,), values, [f.name for f in fields(cls)], mistakes)
+    try:
+        build(cls, {name: value for name, value in known.items() if name != "kind"})
+    except Exception as error:
+        report((section,), error, mistakes)
 
 
 def check_stop(values: Mapping[str, Any] | None, mistakes: Mistakes) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsim.results.folder import to_json
+
+if TYPE_CHECKING:
+    from fedsim.topology.table import RatesTable
 
 app = typer.Typer(
     name="fedsim",
@@ -249,19 +253,18 @@ def rates(
 
     graph = build(topology, Path.cwd())
     table = rates_table(graph, set_, prune, caps, solver)  # type: ignore[arg-type]
-    best = list(table.schemes)[-1]
     if as_json and out is None:
         print(to_json(table.as_dict()))
         return
-    file = out or Path(f"{graph.name}-rates.csv")
-    write_rates(file, graph, table.schemes[best].rates)
+    file = out or Path(re.sub(r"[^\w.-]+", "-", graph.name).strip("-") + "-rates.csv")  # a name that YAML takes bare
+    write_rates(file, graph, table.schemes[table.best].rates)
     if as_json:
         print(to_json({**table.as_dict(), "file": str(file)}))
         return
-    _print_rates(table, best)
+    _print_rates(table)
     from fedsim.results.draw import draw_rates
 
-    drawn = {name: table.schemes[name].rates for name in ("uniform", best)}
+    drawn = {name: table.schemes[name].rates for name in dict.fromkeys(("uniform", table.best))}
     pictures = draw_rates(graph, drawn, file.with_suffix("")) if graph.n <= 2000 else []
     print(f"\nrates    {file}   (use it: rates: {{file: {file.name}}})")
     for picture in pictures:
@@ -454,26 +457,23 @@ def _print_cells(result: Any) -> None:
     print()
 
 
-def _print_rates(table: Any, best: str) -> None:
+def _print_rates(table: RatesTable) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from fedsim.topology.table import percent
+
     facts = table.as_dict()
-    shown = Table(title=f"{facts['topology']}: {facts['n']} nodes, {facts['edges']} edges, set {facts['set']}")
-    for column in ("rates", "chi1", "chi2", table.measure, "saved", "gap"):
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column in ("rates", *table.columns, "saved", "gap"):
         shown.add_column(column, justify="left" if column == "rates" else "right")
     for name, row in facts["schemes"].items():
-        saved = 100 * table.saved("uniform", name)
         gap = "" if row["gap"] is None else f"{row['gap']:.1e}"
-        shown.add_row(
-            name, f"{row['chi1']:.6g}", f"{row['chi2']:.6g}", f"{row[table.measure]:.6g}", f"{saved:.1f} %", gap
-        )
-    Console().print(shown)
-    other = facts["best_other"]
-    print(f"{best} saves {100 * table.saved('uniform'):.1f} % against uniform", end="")
-    if other == "uniform":
-        print(", which is the best scheme that is not the SDP")
-    else:
-        print(f" and {100 * table.saved(other):.1f} % against {other}, the best scheme that is not the SDP")
+        numbers = (f"{row[column]:.6g}" for column in table.columns)
+        shown.add_row(name, *numbers, percent(table.saved("uniform", name)), gap)
+    print(f"{facts['topology']}: {facts['n']} nodes, {facts['edges']} edges, set {facts['set']}\n")
+    Console(width=None if sys.stdout.isatty() else 100).print(shown)  # rich takes a file to be 80 wide, and cuts
+    print(f"\n{table.summary()}")
     for note in table.notes():
         print(f"note: {note}")

@@ -74,7 +74,8 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     """
     live = live or Live()
     shared = {} if shared is None else shared
-    topology = live.topology or _once(shared, ("topology", scenario.topology), lambda: _topology(scenario))
+    graph = (scenario.topology, scenario.data_seed)  # a random graph may take its seed from the data's
+    topology = live.topology or _once(shared, ("topology", *graph), lambda: _topology(scenario))
     device = _device(scenario, shared)
     problem = live.problem or _once(
         shared,
@@ -97,10 +98,10 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
         )
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(
-        shared, ("rates", scenario.topology, scenario.rates), lambda: _rates(scenario, topology)
+        shared, ("rates", *graph, scenario.rates), lambda: _rates(scenario, topology)
     )  # fmt: skip
     mixing = None if not sync or topology.is_server else _once(
-        shared, ("mixing", scenario.topology, scenario.mixing), lambda: _mixing(scenario, topology)
+        shared, ("mixing", *graph, scenario.mixing), lambda: _mixing(scenario, topology)
     )  # fmt: skip
     setting = RunSetting(
         problem,

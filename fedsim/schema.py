@@ -17,6 +17,8 @@ from fedsim import registry
 from fedsim.checks import BESIDE
 from fedsim.scenario import KEYS
 from fedsim.sections import COSTS, HIGHER_IS_BETTER, METRICS, PLAIN
+from fedsim.topology.mixing import MixingSection
+from fedsim.topology.rates import RatesSection
 from fedsim.tuning import Select
 
 STOPS = (*METRICS, "test_loss", *sorted(HIGHER_IS_BETTER), *COSTS)
@@ -36,8 +38,8 @@ def schema() -> dict[str, Any]:
         },
         "seeds": {"type": ["integer", "array"], "description": "number of seeds from `seed` on, or a list of seeds"},
         "topology": _topology(),
-        "rates": _kinds(registry.RATES.split(), _rates_keys()),
-        "mixing": _kinds(registry.MIXINGS.split(), {"lazy": {"type": "boolean"}}),
+        "rates": _kinds(registry.RATES.split(), RatesSection),
+        "mixing": _kinds(registry.MIXINGS.split(), MixingSection),
         "stop": {
             "type": "object",
             "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in STOPS},
@@ -95,16 +97,10 @@ def _topology() -> dict[str, Any]:
     }
 
 
-def _rates_keys() -> dict[str, Any]:
-    from fedsim.topology.rates import KEYS as keys
-
-    rest: dict[str, Any] = {name: {} for name in keys if name not in ("kind", "file")}
-    return {**rest, "scale": {"enum": ["theory", "none"]}}
-
-
-def _kinds(names: Sequence[str], keys: dict[str, Any]) -> dict[str, Any]:
-    own = {"kind": {"enum": list(names)}, "file": {"type": "string"}, **keys}
-    return {"type": "object", "properties": own, "additionalProperties": False}
+def _kinds(names: Sequence[str], cls: type) -> dict[str, Any]:
+    """A section that names one of `names`, or a file, and whose other keys are those of `cls`."""
+    made = _of(cls, {})
+    return {**made, "properties": {**made["properties"], "kind": {"enum": list(names)}, "file": {"type": "string"}}}
 
 
 def _component(section: str, definitions: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:

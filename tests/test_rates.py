@@ -97,6 +97,15 @@ def test_rates_survive_their_file_bit_for_bit(tmp_path):
     assert (build_rates({"file": "mine.csv"}, topology, tmp_path).rates == rates).all()
 
 
+def test_names_with_spaces_survive_the_file_of_rates(tmp_path):
+    """Rates of a graph whose nodes have names of several words, or are tuples, can be used by a scenario."""
+    for text in ("davis_southern_women_graph", "grid_2d_graph:3,4"):
+        topology = build(text)
+        rates = np.linspace(1, 2, topology.m)
+        write_rates(tmp_path / "mine.csv", topology, rates)
+        assert (read_rates("mine.csv", topology, tmp_path) == rates).all()
+
+
 def test_rates_in_a_topology_file_follow_their_edges(tmp_path):
     """A YAML's `rates` belong to its `edges`, whatever their order."""
     (tmp_path / "line.yaml").write_text("n: 3\nedges: [[2, 1], [0, 1]]\nrates: [5, 7]\n")
@@ -132,6 +141,12 @@ def test_bad_rate_files_are_refused(tmp_path, text, words):
         ({"kind": "uniform", "caps": -1}, "positive"),
         ({"kind": "uniform", "set": "node_rate", "caps": [1, 2]}, "one number or 4"),
         ({"kind": "uniform", "chi1": 2}, "chi1 and chi2"),
+        ({"kind": "uniform", "chi1": 2, "chi2": 0.1}, "at least .* = 1.5 on any graph"),
+        ({"kind": "sdp", "caps": "one"}, "caps must be numbers"),
+        ({"kind": "sdp", "file": "mine.csv"}, "kind: does not go with file"),
+        ({"kind": "uniform", "solver": "cvxpy"}, "solver: is for kind: sdp"),
+        ({"kind": "uniform", "prune": True}, "prune: is for kind: sdp"),
+        ({"kind": "sdp", "chi1": 3, "chi2": 2}, "chi1: does not go with kind: sdp"),
         ({"file": "nowhere.csv"}, "no file"),
     ],
 )
@@ -172,9 +187,10 @@ def test_the_same_question_is_solved_once(monkeypatch):
     gossip_rates(topology, solver="interior_point")
     gossip_rates(Topology.from_edges("b", topology.n, topology.edges, costs=np.linspace(1, 2, topology.m)))
     assert len(calls) == 3
-    for file in cache.folder().rglob("*.npz"):
-        file.write_bytes(b"broken")
-    assert not gossip_rates(topology).cached
+    for broken in (lambda whole: b"broken", lambda whole: whole[: len(whole) // 2], lambda whole: b""):
+        for file in cache.folder().rglob("*.npz"):
+            file.write_bytes(broken(file.read_bytes()))
+        assert not gossip_rates(topology).cached
 
 
 def test_the_table_holds_what_the_command_prints():
@@ -188,6 +204,44 @@ def test_the_table_holds_what_the_command_prints():
     assert found.saved("uniform", "sdp") == pytest.approx(0.526, abs=1e-3)
     assert any("of the 21 edges" in note for note in found.notes())
     assert "sdp_pruned" not in rates_table(build("ring:5")).schemes
+
+
+def test_the_table_of_a_graph_beyond_the_sdp_has_the_local_rules():
+    """Beyond 2,000 nodes the table compares the local rules and says so; a forced solver is refused."""
+    table = rates_table(build("torus:45,50"))
+    assert list(table.schemes) == ["uniform", "metropolis", "degree"]
+    assert table.schemes["uniform"].chi.exact
+    assert (table.best, table.saved("uniform")) == ("uniform", 0)
+    assert any("no SDP" in note and "2000" in note for note in table.notes())
+    with pytest.raises(InputError, match="the limit is 2000 nodes"):
+        rates_table(build("torus:45,50"), solver="surrogate")
+
+
+def test_the_table_says_that_the_solver_was_switched():
+    """Beyond the nodes for cvxpy the note names the solver that was taken and why; a forced one needs no reason."""
+    topology = build("ring:21")
+    assert any("interior_point" in n and "cvxpy is for up to 20 nodes" in n for n in rates_table(topology).notes())
+    forced = rates_table(topology, solver="surrogate")
+    assert any("surrogate" in n and "up to 20" not in n for n in forced.notes())
+
+
+def test_the_printed_table_has_every_column(tmp_path, monkeypatch, capsys):
+    """Per-node sets add the slowdown and costs the cost beside the communications; the file's name is bare YAML."""
+    import yaml
+
+    from fedsim.cli import rates
+
+    monkeypatch.chdir(tmp_path)
+    rates("grid:2,3", set_="node_rate")
+    printed = capsys.readouterr().out
+    for word in ("chi1", "chi2", "communications", "slowdown", "saved", "gap", "of the load sqrt(2 chi1 chi2)"):
+        assert word in printed
+    hint = printed.partition("(use it: ")[2].partition(")\n")[0]
+    section = yaml.safe_load(hint)["rates"]
+    assert build_rates(section, build("grid:2,3"), tmp_path).rates.sum() > 0
+    (tmp_path / "costly.csv").write_text("a,b,1\nb,c,2\nc,a,3\n")
+    rates("costly.csv")
+    assert {"communications", "cost"} <= set(capsys.readouterr().out.split())
 
 
 def test_per_node_sets_add_the_slowdown_and_costs_the_cost():

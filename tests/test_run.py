@@ -46,6 +46,20 @@ def test_the_same_scenario_gives_the_same_digest_and_another_seed_another(tmp_pa
         assert one.digest != three.digest
 
 
+def test_a_study_with_data_seeds_of_its_runs_draws_a_graph_for_each(tmp_path):
+    """With `data_seed: each` a random graph without a seed is drawn anew for every run, as when the run is alone."""
+    study = EVENTS | {
+        "topology": {"kind": "random_geometric", "n": 12, "radius": 0.6},
+        "data_seed": "each",
+        "seeds": [0, 1],
+        "schedule": {"horizon": 2},
+    }
+    together = fedsim.run(study, folder=tmp_path / "study")
+    alone = fedsim.run(study, folder=tmp_path / "alone", overrides={"seeds": [1]})
+    assert [run.facts["topology"]["edges"] for run in together.runs] == [50, 37]
+    assert together.runs[1].digest == alone.runs[0].digest
+
+
 @pytest.mark.parametrize("scenario", [EVENTS, ROUNDS, BATCHES], ids=lambda s: s["name"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, scenario):
     """Killed after its second checkpoint and resumed, a run ends with the same digest, counts and metrics."""

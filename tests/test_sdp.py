@@ -169,6 +169,18 @@ def test_prune_and_resolve(text):
     assert pruned.communications <= whole.communications * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("seed", "set"), [(4, "node_rate"), (4, "node_bandwidth"), (5, "node_rate")])
+def test_costs_and_caps_of_six_decades_still_get_an_answer(seed, set):
+    """Where cvxpy certifies little or fails, or rounding ends the interior point early, `auto` answers all the same."""
+    rng = np.random.default_rng(seed)
+    base = build("random_geometric:12,0.45,2")
+    topology = Topology.from_edges("steep", base.n, base.edges, costs=10.0 ** rng.uniform(-3, 3, base.m))
+    rates = gossip_rates(topology, set=set, caps=10.0 ** rng.uniform(-3, 3, base.n))
+    assert rates.gap is not None
+    assert rates.gap < 0.02
+    assert rates.bound <= rates.chi.communications * (1 + 1e-9)
+
+
 def test_quickstart_graph_saves_more_than_half():
     """On the quickstart's geometric graph of 50 nodes SDP rates need 55 to 70 % fewer communications."""
     topology = build("geometric-50")

@@ -110,6 +110,8 @@ def test_command_line_form_reads_names_places_and_lists():
         ({"kind": "gnp_random_graph", "n": 5, "p": 0.9, "directed": True}, ("directed",)),
         ({"kind": "trivial_graph"}, ("2 nodes",)),
         ({"kind": "shortest_path"}, ("unknown kind",)),
+        ({"kind": "line_graph", "G": 3}, ("networkx refuses",)),
+        ({"kind": "geometric50"}, ("did you mean 'geometric-50'",)),
         ({"file": "nowhere.gml"}, ("no file", "nowhere.gml")),
         ({"file": "geometric-5O.yaml"}, ("did you mean 'geometric-50.yaml'",)),
         ({"file": "geometric-50.yaml", "n": 3}, ("do not go with 'file'",)),
@@ -179,6 +181,10 @@ def write_edges(place):
     place.write_text("# a wheel\n" + "\n".join(f"{u} {v}" for u, v in WHEEL.edges()))
 
 
+def write_networkx_edges(place):
+    nx.write_edgelist(nx.Graph(((u, v, {"weight": 2}) for u, v in WHEEL.edges())), place)
+
+
 def write_csv(place):
     place.write_text("\n".join(f"{u},{v},{1 + u}" for u, v in WHEEL.edges()))
 
@@ -195,6 +201,7 @@ def write_yaml(place):
         (".json", write_json),
         (".npy", write_npy),
         (".edges", write_edges),
+        (".edgelist", write_networkx_edges),
         (".csv", write_csv),
         (".yaml", write_yaml),
     ],
@@ -213,6 +220,67 @@ def test_costs_follow_their_edges(tmp_path):
     assert topology.labels == ("a", "b", "c")
     assert topology.costs is not None
     assert dict(zip(map(tuple, topology.edges.tolist()), topology.costs, strict=True)) == {(0, 1): 2.0, (1, 2): 3.0}
+
+
+def test_costs_among_the_attributes_of_networkx_are_kept(tmp_path):
+    """`networkx.write_edgelist` writes attributes as a dictionary: `cost` counts, other attributes do not."""
+    graph = nx.Graph()
+    graph.add_edge("b", "c", cost=3, weight=7)
+    graph.add_edge("a", "b", cost=2.5)
+    nx.write_edgelist(graph, tmp_path / "line.edgelist")
+    topology = build({"file": "line.edgelist"}, tmp_path)
+    assert topology.labels == ("a", "b", "c")
+    assert topology.costs.tolist() == [2.5, 3]
+
+
+def test_names_with_spaces_stand_in_quotes(tmp_path):
+    """A quoted name may hold spaces, commas, quotes and `#`; a byte-order mark is no part of a name."""
+    (tmp_path / "towns.csv").write_bytes(b'\xef\xbb\xbf"New York","Los Angeles, CA" # far\n"New York","the ""#1"""\n')
+    assert build({"file": "towns.csv"}, tmp_path).labels == ("Los Angeles, CA", "New York", 'the "#1"')
+
+
+def test_gml_without_labels_calls_nodes_by_their_id(tmp_path):
+    """GML needs no labels; nodes then are their ids."""
+    (tmp_path / "pair.gml").write_text("graph [ node [ id 7 ] node [ id 9 ] edge [ source 7 target 9 ] ]")
+    assert build({"file": "pair.gml"}, tmp_path).labels == (7, 9)
+
+
+def test_duplicate_edges_of_node_link_files_are_refused(tmp_path):
+    """networkx joins the two edges of a JSON file without a word; fedsim refuses them."""
+    content = nx.node_link_data(nx.path_graph(3), edges="edges")
+    content["edges"].append({"source": 2, "target": 1})
+    (tmp_path / "twice.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"edge \(1, 2\) is given twice"):
+        build({"file": "twice.json"}, tmp_path)
+
+
+def test_messages_call_nodes_by_their_names(tmp_path):
+    """Culprits are named as the user names them, not by the numbers that fedsim gives."""
+    for text, words in [
+        ("ann bob\nbob bob\n", "node 'bob'"),
+        ("ann bob\nbob ann\n", "edge ('ann', 'bob') is given twice"),
+        ("ann bob\nann cat\ndan eve\n", "node 'dan' is in the smallest"),
+    ]:
+        (tmp_path / "names.txt").write_text(text)
+        with pytest.raises(InputError) as refusal:
+            build({"file": "names.txt"}, tmp_path)
+        assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("cost", [0, -1, float("nan"), "cheap"])
+def test_costs_of_a_live_graph_are_checked(cost):
+    """A graph from Python is held to the same costs as a file."""
+    with pytest.raises(InputError, match=r"cost of edge \('a', 'b'\) must be a positive number"):
+        Topology.from_networkx(nx.Graph([("a", "b", {"cost": cost})]))
+
+
+def test_a_random_graph_of_a_file_without_seed_is_one_graph(tmp_path):
+    """A file that names a random generator and no seed means seed 0, never the global generators."""
+    (tmp_path / "any.yaml").write_text("kind: gnp_random_graph\nn: 20\np: 0.5\n")
+    first, again = (build({"file": "any.yaml"}, tmp_path) for _ in range(2))
+    assert (
+        edge_set(first) == edge_set(again) == {tuple(sorted(e)) for e in nx.gnp_random_graph(20, 0.5, seed=0).edges()}
+    )
 
 
 BROKEN = {
@@ -234,6 +302,19 @@ BROKEN = {
     "list.yaml": ("- 1\n", "mapping"),
     "cost.yaml": ("n: 2\nedges: [[0, 1]]\ncosts: [0]\n", "positive"),
     "graph.xyz": ("", "unknown ending"),
+    "bytes.txt": (b"\xff\xfe\x00", "UTF-8"),
+    "attributes.edgelist": ("0 1 {cost: 2}\n", "attributes.edgelist:1: cannot read the attributes"),
+    "stray.json": ('{"nodes": [{"id": 0}, {"id": 1}], "edges": [{"source": 0, "target": 7}]}', "7, which is no node"),
+    "list.json": ("[1]", "node-link"),
+    "number.yaml": ("n: x\nedges: [[0, 1]]\n", "'n'"),
+    "nodes.yaml": ("nodes: 5\nedges: [[0, 1]]\n", "'nodes'"),
+    "names.yaml": ("nodes: [a, b, a]\nedges: [[a, b]]\n", "different names"),
+    "none.yaml": ("n: 2\nedges:\n", "'edges'"),
+    "costs.yaml": ("n: 2\nedges: [[0, 1]]\ncosts: 3\n", "as many costs"),
+    "words.yaml": ("n: 2\nedges: [[0, 1]]\ncosts: [x]\n", "positive number"),
+    "places.yaml": ("n: 2\nedges: [[0, 1]]\npositions: [[0, 1], [1]]\n", "pairs of numbers"),
+    "nested.yaml": ("n: 2\nedges: [[0, [1]]]\n", "known nodes"),
+    "order.yaml": ("kind: ring\nn: 5\norder: best\n", "'rcm' or 'given'"),
 }
 
 
@@ -241,8 +322,8 @@ BROKEN = {
 def test_broken_files_are_refused_with_their_reason(tmp_path, file: str):
     """A file that holds no usable graph is refused, naming file (and line) and the reason."""
     content, word = BROKEN[file]
-    if isinstance(content, str):
-        (tmp_path / file).write_text(content)
+    if isinstance(content, str | bytes):
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     else:
         np.save(tmp_path / file, content)
     with pytest.raises(InputError, match=word):
@@ -264,3 +345,11 @@ def test_a_torus_of_a_quarter_million_nodes_needs_no_networkx_graph():
     assert (torus.n, torus.m) == (250_000, 500_000)
     assert "graph" not in torus.__dict__
     assert chi(torus, np.ones(torus.m)).exact
+
+
+def test_an_archive_is_no_adjacency_matrix(tmp_path):
+    """An .npz that calls itself .npy is refused by name."""
+    with (tmp_path / "many.npy").open("wb") as file:
+        np.savez(file, a=np.eye(2))
+    with pytest.raises(InputError, match="archive"):
+        build({"file": "many.npy"}, tmp_path)

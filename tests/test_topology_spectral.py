@@ -58,6 +58,32 @@ def test_closed_forms_equal_dense_algebra(text: str):
     assert resistances(topology, ones) == pytest.approx(dense.resistances, rel=1e-11)
 
 
+LATTICES = [  # as networkx makes them: known by their degrees or parameters
+    *("cycle_graph:9", "star_graph:9", "complete_graph:6", "path_graph:7", "hypercube_graph:4", "grid_2d_graph:5,4"),
+    *("grid_2d_graph:5,4,periodic=true", "grid_graph:[3,4,5],periodic=true", "grid_graph:[2,4,2],periodic=true"),
+    *("grid_graph:[5],periodic=true", "grid_graph:[5]"),
+]
+
+
+@pytest.mark.parametrize("text", LATTICES)
+def test_closed_forms_know_the_lattices_of_networkx(text: str, monkeypatch):
+    """Rings, stars, complete graphs and tori of any dimension are exact beyond the dense limit, whoever names them."""
+    topology = build(text)
+    rates = np.full(topology.m, 0.37)
+    dense = Spectrum(topology, rates)
+    monkeypatch.setattr(spectral, "DENSE", 2)
+    found = chi(topology, rates)
+    assert found.exact
+    assert (found.chi1, found.chi2) == pytest.approx((dense.chi1, dense.chi2), rel=1e-11)
+
+
+def test_a_ring_from_a_file_is_a_ring(tmp_path):
+    """A graph without a name is recognised by its degrees, at any size."""
+    (tmp_path / "loop.edges").write_text("\n".join(f"{i} {(i + 1) % 2100}" for i in range(2100)))
+    topology = build({"file": "loop.edges"}, tmp_path)
+    assert chi(topology, np.ones(2100)) == chi(build("ring:2100"), np.ones(2100))
+
+
 @st.composite
 def weighted_graphs(draw):
     n = draw(st.integers(2, 9))
@@ -131,6 +157,7 @@ def test_large_graphs_get_certified_upper_bounds(monkeypatch):
         ([1, np.nan, 1, 1], "rate of edge"),
         ([1, 1, 1], "4 edges"),
         ([0, 0, 1, 1], "never meet"),
+        ([1e-16, 1, 1e-16, 1], "lost in rounding"),
     ],
 )
 def test_rates_that_cannot_be_used_are_refused(rates: list, words: str):
@@ -195,6 +222,7 @@ def test_mixing_gap_of_a_large_torus_is_a_closed_form(monkeypatch):
         (lambda w: w[:3], "shape"),
         (lambda w: w * np.nan, "finite"),
         (lambda w: np.full((4, 4), 0.25), "share no edge"),
+        (lambda w: np.eye(4) - 1.8 * (np.eye(4) - w), "magnitude 1.4 .* diverges"),
     ],
 )
 def test_a_mixing_matrix_from_a_file_is_checked(tmp_path, change, words: str):

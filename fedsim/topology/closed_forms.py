@@ -1,11 +1,12 @@
 """Spectral quantities of unweighted products of paths and rings, stars and complete graphs, at any size.
 
-All are for unit rates; a graph is recognised by its `recipe`. Chung, Spectral Graph Theory (1997); values
-for `P = L / m` are those of Nabli & Oyallon, JMLR 2025, section 3.
+All are for unit rates; a graph is recognised by its `recipe`, or by its degrees where they tell. Chung, Spectral
+Graph Theory (1997); values for `P = L / m` are those of Nabli & Oyallon, JMLR 2025, section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -20,7 +21,7 @@ SIDE = 4000  # longest side of a grid whose resistances are computed with dense 
 
 def extreme_eigenvalues(topology: Topology) -> tuple[float, float] | None:
     """Return (smallest positive, largest) Laplacian eigenvalue, or None where no closed form is known."""
-    kind, p = topology.recipe or ("", {})
+    kind, p = _recipe(topology)
     n = float(topology.n)
     if kind == "complete":
         return n, n
@@ -38,12 +39,13 @@ def chi(topology: Topology) -> tuple[float, float] | None:
     extremes = extreme_eigenvalues(topology)
     if extremes is None:
         return None
-    kind, p = topology.recipe or ("", {})
+    kind, p = _recipe(topology)
     if kind in ("star", "path"):
         return 1 / extremes[0], 0.5
     if kind in ("ring", "complete", "hypercube"):  # edge-transitive: m R = n - 1
         return 1 / extremes[0], (topology.n - 1) / (2 * topology.m)
-    classes = _torus_resistances(p) if kind == "torus" else _grid_resistances(p)
+    sides = _sides(p)
+    classes = _torus_resistances(sides) if kind == "torus" else _grid_resistances(sides)
     if classes is None:
         return None
     return 1 / extremes[0], float(0.5 * max(r.max() for r in classes if r.size))
@@ -51,12 +53,30 @@ def chi(topology: Topology) -> tuple[float, float] | None:
 
 def resistances(topology: Topology) -> Vector | None:
     """Return every edge's resistance `[m]` for unit rates, or None."""
-    kind, _ = topology.recipe or ("", {})
+    kind, _ = _recipe(topology)
     if kind in ("star", "path"):
         return np.ones(topology.m)
     if kind in ("ring", "complete", "hypercube"):
         return np.full(topology.m, (topology.n - 1) / topology.m)
     return None
+
+
+def _recipe(topology: Topology) -> tuple[str, dict[str, Any]]:
+    """How the graph was made, or what its degrees say a connected graph is."""
+    n, m, most = topology.n, topology.m, int(topology.degrees.max(initial=0))
+    if topology.recipe:
+        return topology.recipe
+    if m == n * (n - 1) // 2:
+        return "complete", {"n": n}
+    if m == n - 1 and most == n - 1:
+        return "star", {"n": n}
+    if most == 2:
+        return ("ring" if m == n else "path"), {"n": n}
+    return "", {}
+
+
+def _sides(p: dict[str, Any]) -> tuple[int, ...]:
+    return p["sides"] if "sides" in p else (p["rows"], p["columns"])
 
 
 def _factors(kind: str, p: dict[str, Any]) -> list[tuple[str, int]] | None:
@@ -65,7 +85,7 @@ def _factors(kind: str, p: dict[str, Any]) -> list[tuple[str, int]] | None:
         return [(kind, p["n"])]
     if kind in ("grid", "torus"):
         shape = "path" if kind == "grid" else "ring"
-        return [(shape, p["rows"]), (shape, p["columns"])]
+        return [(shape, side) for side in _sides(p)]
     return [("path", 2)] * p["dim"] if kind == "hypercube" else None
 
 
@@ -77,24 +97,22 @@ def _eigenvalues(shape: str, size: int) -> Vector:
     return np.sort(4 * np.sin(np.pi * k / size) ** 2)
 
 
-def _torus_resistances(p: dict[str, Any]) -> list[Vector]:
+def _torus_resistances(sides: Sequence[int]) -> list[Vector]:
     """One resistance per direction: `R_d = (1/n) sum_k |1 - e^{i k_d}|^2 / lambda(k)`."""
-    sides = [p["rows"], p["columns"]]
     gains = [4 * np.sin(np.pi * np.arange(s) / s) ** 2 for s in sides]
     waves = [g / 2 if s == 2 else g for g, s in zip(gains, sides, strict=True)]
-    total = np.add.outer(*waves)
-    total[0, 0] = np.inf
-    return [np.array([(_along(axis, g) / total).mean()]) for axis, g in enumerate(gains) if sides[axis] > 1]
+    total = reduce(np.add.outer, waves, np.zeros(()))
+    total[(0,) * len(sides)] = np.inf
+    return [np.array([(_along(axis, g, len(sides)) / total).mean()]) for axis, g in enumerate(gains) if sides[axis] > 1]
 
 
-def _along(axis: int, values: Vector) -> NDArray[np.float64]:
-    return values[:, None] if axis == 0 else values[None, :]
+def _along(axis: int, values: Vector, dims: int) -> NDArray[np.float64]:
+    return np.expand_dims(values, tuple(d for d in range(dims) if d != axis))
 
 
-def _grid_resistances(p: dict[str, Any]) -> list[Vector] | None:
+def _grid_resistances(sides: Sequence[int]) -> list[Vector] | None:
     """Every edge's resistance, from cosine eigenvectors: squared along one axis, differenced along the other."""
-    sides = [p["rows"], p["columns"]]
-    if max(sides) > SIDE:
+    if len(sides) != 2 or max(sides) > SIDE:
         return None
     total = np.add.outer(*[_eigenvalues("path", s) for s in sides])
     total[0, 0] = np.inf

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import warnings
+import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology.topology import Order, Topology
 
+FIELD = re.compile(r'"((?:[^"]|"")*)"|(\{.*\})|([^\s,#"{][^\s,#]*)')  # a quoted name, networkx's attributes, a word
 YAML_KEYS = (
     "name",
     "description",
@@ -31,10 +33,11 @@ YAML_KEYS = (
 def read(file: str, base: Path, name: str | None = None, order: Order = "rcm") -> Topology:
     """Read a graph file; its ending says the format.
 
-    `.txt .edges .edgelist .csv`: one edge per line, two node names and perhaps a cost, `#` starts a comment.
+    `.txt .edges .edgelist .csv`: one edge per line, two node names and perhaps a cost or networkx's `{attributes}`;
+    `#` starts a comment, a name with spaces or commas stands in double quotes.
     `.graphml .gml .json` (node-link): as networkx writes them; an edge attribute `cost` is kept.
-    `.npy`: a symmetric adjacency matrix of zeros and ones. `.yaml`: `kind` with parameters, or `nodes`/`n`,
-    `edges` and perhaps `positions` and `costs`.
+    `.npy`: a symmetric adjacency matrix of zeros and ones. `.yaml`: `kind` with parameters (a random graph without
+    `seed` has seed 0), or `nodes`/`n`, `edges` and perhaps `positions` and `costs`.
 
     Raises:
         InputError: no such file, an unknown ending, or a graph that cannot be used (says why).
@@ -71,12 +74,20 @@ def shipped() -> list[str]:
     return sorted({p.stem for folder in folders(Path())[2:] for p in folder.glob("*.yaml")})
 
 
+def text_of(place: Path) -> str:
+    """Return a file's text (UTF-8)."""
+    try:
+        return place.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: not a text file (UTF-8 is needed)") from None
+
+
 def load_yaml(place: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping."""
     import yaml
 
     try:
-        content = yaml.safe_load(place.read_text())
+        content = yaml.safe_load(text_of(place))
     except yaml.YAMLError as error:
         raise InputError(f"{place}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -85,16 +96,35 @@ def load_yaml(place: Path) -> dict[str, Any]:
 
 
 def rows(place: Path, least: int, most: int) -> list[tuple[int, list[str]]]:
-    """Return the (line number, fields) of a text table; fields are split at commas or white space."""
+    """Return the (line number, fields) of a text table; fields are split at commas or white space, or quoted."""
     table = []
-    for number, line in enumerate(place.read_text().splitlines(), start=1):
-        fields = line.split("#")[0].replace(",", " ").split()
+    for number, line in enumerate(text_of(place).splitlines(), start=1):
+        fields = _fields(f"{place.name}:{number}", line)
         if not fields:
             continue
         if not least <= len(fields) <= most:
-            raise InputError(f"{place.name}:{number}: {least} to {most} fields are needed, got {len(fields)}: {line!r}")
+            wanted = str(least) if least == most else f"{least} to {most}"
+            raise InputError(f"{place.name}:{number}: {wanted} fields are needed, got {len(fields)}: {line!r}")
         table.append((number, fields))
     return table
+
+
+def _fields(where: str, line: str) -> list[str]:
+    found, rest = [], line.lstrip(", \t")
+    while rest and not rest.startswith("#"):
+        field = FIELD.match(rest)
+        if field is None:
+            raise InputError(f"{where}: cannot be read from here: {rest!r}")
+        quoted, attributes, word = field.groups()
+        found.append(quoted.replace('""', '"') if quoted is not None else attributes or word)
+        rest = rest[field.end() :].lstrip(", \t\r\f\v")
+    return found
+
+
+def quoted(name: Hashable) -> str:
+    """Return a node's name as a text table holds it."""
+    text = str(name)
+    return text if re.fullmatch(r'[^\s,#"{][^\s,#]*', text) else '"' + text.replace('"', '""') + '"'
 
 
 def _near(file: str, base: Path) -> str:
@@ -104,19 +134,19 @@ def _near(file: str, base: Path) -> str:
 
 def _edge_list(place: Path, name: str, order: Order) -> Topology:
     table = rows(place, 2, 3)
-    if table and {len(fields) for _, fields in table} == {2, 3}:
-        raise InputError(f"topology {name!r}: some lines have a cost and some do not; give all or none")
     names = sorted({f for _, fields in table for f in fields[:2]}, key=_natural)
     number = {label: i for i, label in enumerate(names)}
     pairs = [(number[fields[0]], number[fields[1]]) for _, fields in table]
-    costs = [_cost(place, line, fields[2]) for line, fields in table if len(fields) == 3]
+    costs = [_cost(place, line, fields[2:]) for line, fields in table]
+    if None in costs and any(cost is not None for cost in costs):
+        raise InputError(f"topology {name!r}: some lines have a cost and some do not; give all or none")
     return Topology.from_edges(
         name,
         len(names),
         np.asarray(pairs, dtype=np.int64),
         order=order,
         labels=None if names == [str(i) for i in range(len(names))] else tuple(names),
-        costs=np.asarray(costs) if costs else None,
+        costs=None if None in costs else [cost for cost in costs if cost is not None],
     )
 
 
@@ -124,46 +154,82 @@ def _natural(label: str) -> tuple[int, int, str]:
     return (0, int(label), "") if label.isdecimal() else (1, 0, label)
 
 
-def _cost(place: Path, line: int, text: str) -> float:
+def _cost(place: Path, line: int, rest: list[str]) -> float | None:
+    """The third field, or `cost` among the attributes that networkx writes; None where there is neither."""
+    given: Any = rest[0] if rest else None
+    if given is not None and given.startswith("{"):
+        given = _attributes(f"{place.name}:{line}", given).get("cost")
+    if given is None:
+        return None
     try:
-        cost = float(text)
-    except ValueError:
+        cost = float(given)
+    except (TypeError, ValueError):
         cost = np.nan
     if not (np.isfinite(cost) and cost > 0):
-        raise InputError(f"{place.name}:{line}: the cost of an edge must be a positive number, got {text!r}")
+        raise InputError(f"{place.name}:{line}: the cost of an edge must be a positive number, got {given!r}")
     return cost
 
 
-def _networkx_file(reader: str) -> Callable[[Path, str, Order], Topology]:
-    def load(place: Path, name: str, order: Order) -> Topology:
-        import networkx as nx
+def _attributes(where: str, text: str) -> dict[str, Any]:
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: cannot read the attributes {text!r}")
+    return found
 
+
+def _graphml(place: Path, name: str, order: Order) -> Topology:
+    import networkx as nx
+
+    return Topology.from_networkx(_by_networkx(place, nx.read_graphml), name, order=order)
+
+
+def _gml(place: Path, name: str, order: Order) -> Topology:
+    """Nodes are called by their `label`, or by their `id` where a file has no labels."""
+    import networkx as nx
+
+    def read_gml(place: Path) -> Any:
         try:
-            graph = getattr(nx, reader)(place)
-        except Exception as error:  # networkx's readers raise nearly anything on a broken file
-            raise InputError(f"topology {place.name!r}: networkx cannot read it: {error}") from None
-        return _from_graph(graph, name, order)
+            return nx.read_gml(place)
+        except nx.NetworkXError as error:
+            if "has no 'label'" not in str(error):
+                raise
+            return nx.read_gml(place, label="id")
 
-    return load
+    return Topology.from_networkx(_by_networkx(place, read_gml), name, order=order)
+
+
+def _by_networkx(place: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(place)
+    except Exception as error:  # networkx's readers raise nearly anything on a broken file
+        raise InputError(f"topology {place.name!r}: networkx cannot read it: {error}") from None
 
 
 def _node_link(place: Path, name: str, order: Order) -> Topology:
+    """As `networkx.node_link_data` writes it; read here, as networkx joins duplicate edges without a word."""
     import networkx as nx
 
     try:
-        content = json.loads(place.read_text())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = nx.node_link_graph(content, edges="links" if "links" in content else "edges")
-    except (ValueError, KeyError, TypeError, nx.NetworkXException) as error:
+        content = json.loads(text_of(place))
+        graph = nx.MultiDiGraph() if content.get("directed") else nx.MultiGraph()
+        for node in content["nodes"]:
+            graph.add_node(_hashable(node["id"]), **{k: v for k, v in node.items() if k != "id"})
+        for edge in content["links" if "links" in content else "edges"]:
+            ends = [_hashable(edge[end]) for end in ("source", "target")]
+            strange = [end for end in ends if end not in graph]
+            if strange:
+                raise InputError(f"topology {place.name!r}: an edge names {strange[0]!r}, which is no node")
+            graph.add_edge(*ends, **({"cost": edge["cost"]} if "cost" in edge else {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"topology {place.name!r}: not a JSON node-link graph: {error!r}") from None
-    return _from_graph(graph, name, order)
+    return Topology.from_networkx(graph, name, order=order)
 
 
-def _from_graph(graph: Any, name: str, order: Order) -> Topology:
-    topology = Topology.from_networkx(graph, name, order=order)
-    _check_costs(name, topology)
-    return topology
+def _hashable(name: Any) -> Hashable:
+    return tuple(map(_hashable, name)) if isinstance(name, list) else name
 
 
 def _adjacency(place: Path, name: str, order: Order) -> Topology:
@@ -171,6 +237,8 @@ def _adjacency(place: Path, name: str, order: Order) -> Topology:
         matrix = np.load(place, allow_pickle=False)
     except (ValueError, OSError) as error:
         raise InputError(f"topology {place.name!r}: not a .npy array: {error}") from None
+    if not isinstance(matrix, np.ndarray):
+        raise InputError(f"topology {place.name!r}: not a .npy array but an archive of several")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"topology {place.name!r}: a square adjacency matrix is needed, got shape {matrix.shape}")
     if not np.isin(matrix, (0, 1)).all():
@@ -195,59 +263,52 @@ def _yaml(place: Path, name: str, order: Order) -> Topology:
 
 
 def _listed(place: Path, content: dict[str, Any], name: str, order: Order) -> Topology:
-    if "edges" not in content or not ("nodes" in content or "n" in content):
-        raise InputError(f"{place}: give 'kind', or 'edges' with 'nodes' (names) or 'n' (a number)")
-    labels: list[Hashable] = list(content["nodes"]) if "nodes" in content else list(range(content["n"]))
-    number = {label: i for i, label in enumerate(labels)}
-    pairs = []
-    for edge in content["edges"]:
-        if not isinstance(edge, list) or len(edge) != 2 or any(end not in number for end in edge):
-            raise InputError(f"{place}: edge {edge!r} must be a pair of known nodes")
-        pairs.append((number[edge[0]], number[edge[1]]))
-    topology = Topology.from_edges(
+    labels, pairs = listed_edges(place, content)
+    return Topology.from_edges(
         name,
         len(labels),
         np.asarray(pairs, dtype=np.int64),
         order=content.get("order", order),
         labels=tuple(labels) if "nodes" in content else None,
-        costs=_column(place, content, "costs", len(pairs)),
+        costs=content.get("costs"),
         layout=_layout(place, content, len(labels)),
     )
-    _check_costs(name, topology)
-    return topology
 
 
-def _column(place: Path, content: dict[str, Any], key: str, m: int) -> np.ndarray | None:
-    if key not in content:
-        return None
-    if len(content[key]) != m:
-        raise InputError(f"{place}: {key} has {len(content[key])} values for {m} edges")
-    return np.asarray(content[key], dtype=float)
+def listed_edges(place: Path, content: dict[str, Any]) -> tuple[list[Hashable], list[tuple[int, int]]]:
+    """Return the nodes of a YAML file and its edges as pairs of their places in that list."""
+    nodes, edges = content.get("nodes"), content.get("edges")
+    if nodes is None and isinstance(content.get("n"), int):
+        nodes = list(range(content["n"]))
+    if not isinstance(nodes, list) or not isinstance(edges, list):
+        raise InputError(f"{place}: give 'kind', or a list 'edges' with 'nodes' (a list of names) or 'n' (a number)")
+    labels = [_hashable(node) for node in nodes]
+    number = {label: i for i, label in enumerate(labels)}
+    pairs = []
+    for edge in edges:
+        ends = [number.get(_hashable(end)) for end in edge] if isinstance(edge, list) else []
+        if len(ends) != 2 or None in ends:
+            raise InputError(f"{place}: edge {edge!r} must be a pair of known nodes")
+        pairs.append((ends[0], ends[1]))
+    return labels, pairs
 
 
 def _layout(place: Path, content: dict[str, Any], n: int) -> np.ndarray | None:
     if "positions" not in content:
         return None
-    layout = np.asarray(content["positions"], dtype=float)
+    try:
+        layout = np.asarray(content["positions"], dtype=float)
+    except (TypeError, ValueError):
+        layout = np.empty(0)
     if layout.shape != (n, 2):
-        raise InputError(f"{place}: positions must be {n} pairs, got shape {layout.shape}")
+        raise InputError(f"{place}: positions must be {n} pairs of numbers")
     return layout
-
-
-def _check_costs(name: str, topology: Topology) -> None:
-    if topology.costs is None:
-        return
-    bad = np.flatnonzero(~(np.isfinite(topology.costs) & (topology.costs > 0)))
-    if len(bad):
-        u, v = topology.edges[bad[0]]
-        cost = topology.costs[bad[0]]
-        raise InputError(f"topology {name!r}: the cost of edge ({u}, {v}) must be positive, got {cost}")
 
 
 READERS: dict[str, Callable[[Path, str, Order], Topology]] = {
     **dict.fromkeys((".txt", ".edges", ".edgelist", ".csv"), _edge_list),
-    ".graphml": _networkx_file("read_graphml"),
-    ".gml": _networkx_file("read_gml"),
+    ".graphml": _graphml,
+    ".gml": _gml,
     ".json": _node_link,
     ".npy": _adjacency,
     **dict.fromkeys((".yaml", ".yml"), _yaml),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,12 +124,16 @@ SHORT: dict[str, Callable[..., tuple[int, Edges, Layout]]] = {
 def generate(kind: str, parameters: Mapping[str, Any], name: str | None = None, order: Order = "rcm") -> Topology:
     """Build the graph `kind` (a short name, `server`, or a networkx generator with or without `_graph`).
 
+    A random graph without a `seed` has seed 0: the global generators are never asked.
+
     Raises:
         InputError: unknown kind or parameter, a parameter that is missing or of the wrong type, or a graph
             that is disconnected, directed, has self-loops, duplicate edges or fewer than 2 nodes.
     """
     make = maker(kind)
     given = bind(kind, make, parameters)
+    if "seed" in parameter_names(make) and given.get("seed") is None:
+        given["seed"] = 0
     title = name or _title(kind, given)
     if kind == "server":
         return Topology.server(given["n"], title)
@@ -154,9 +159,11 @@ def maker(kind: str) -> Callable[..., Any]:
         found = getattr(nx, candidate, None)
         if callable(found) and str(getattr(found, "__module__", "")).startswith("networkx.generators"):
             return found
+    from fedsim.topology.files import shipped
+
     raise InputError(
-        f"topology: unknown kind {kind!r}{did_you_mean(kind, kinds())}. Known are {', '.join(sorted(SHORT))}, "
-        "server, and every generator of networkx by its name"
+        f"topology: unknown kind {kind!r}{did_you_mean(kind, [*kinds(), *shipped()])}. "
+        f"Known are {', '.join(sorted(SHORT))}, server, and every generator of networkx by its name"
     )
 
 
@@ -213,14 +220,28 @@ def _from_networkx(kind: str, make: Callable[..., Any], given: dict[str, Any], t
 
     try:
         graph = make(**given)
-    except (nx.NetworkXException, TypeError, ValueError) as error:
+    except Exception as error:  # networkx raises nearly anything on parameters that it does not expect
         raise InputError(f"topology {kind}: networkx refuses {given}: {error}") from None
     if not isinstance(graph, nx.Graph):
         raise InputError(f"topology {kind}: networkx returns a {type(graph).__name__}, not a graph")
     try:
-        return Topology.from_networkx(graph, title, order=order)
+        topology = Topology.from_networkx(graph, title, order=order)
     except InputError as error:
         raise _with_advice(error, given) from None
+    return replace(topology, recipe=_lattice_recipe(kind, given))
+
+
+def _lattice_recipe(kind: str, given: Mapping[str, Any]) -> tuple[str, dict[str, object]] | None:
+    """networkx's lattices as the closed forms know them; rings, stars and the like show in the edges."""
+    short, periodic = kind.removesuffix("_graph"), given.get("periodic", False)
+    if short == "hypercube":
+        return "hypercube", {"dim": given["n"]}
+    sides = {"grid_2d": [given.get("m"), given.get("n")], "grid": given.get("dim")}.get(short)
+    if not isinstance(sides, list) or not all(isinstance(s, int) for s in sides) or not isinstance(periodic, bool):
+        return None
+    if len(sides) == 1:
+        return None  # a ring or a path
+    return ("torus" if periodic else "grid"), {"sides": tuple(sides)}
 
 
 def _with_advice(error: InputError, given: Mapping[str, Any]) -> InputError:

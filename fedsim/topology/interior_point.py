@@ -42,12 +42,17 @@ class Solution:
 def solve(topology: Topology, rates: RateSet, tolerance: float) -> Solution:
     """Minimise `sqrt(2 chi1 chi2)` over the set to a certified relative gap.
 
-    Stops at the gap `tolerance`, or when steps no longer gain; the returned bound says how far it came.
+    Stops at the gap `tolerance`, when steps no longer gain, or when rounding leaves a matrix that cannot be
+    factorised; the returned bound says how far it came.
     """
     point = _start(topology, rates)
     best, bound, stalled = _Best(topology, rates), 0.0, 0
+    best.offer(rates.merge @ point.l)
     for _ in range(STEPS):
-        moved = point.step()
+        try:
+            moved = point.step()
+        except np.linalg.LinAlgError:
+            break
         stalled = stalled + 1 if moved < 1e-3 else 0
         best.offer(rates.merge @ point.l)
         if point.gap < 3 * tolerance or stalled:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedsim.errors import InputError, did_you_mean
-from fedsim.topology.spectral import laplacian
+from fedsim.topology.spectral import laplacian, mixing_gap
 from fedsim.topology.topology import Topology
 
 if TYPE_CHECKING:
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class MixingSection:
+    """What a scenario's `mixing` may say.
+
+    Attributes:
+        kind: metropolis, max_degree, fdla or fastest_mixing.
+        file: a .npy array [n, n] or a scipy sparse .npz over node numbers, in place of kind.
+        lazy: (I + W) / 2 in place of W.
+    """
+
+    kind: str = "metropolis"
+    file: str | None = None
+    lazy: Annotated[bool, Field(strict=True)] = False
 
 
 def metropolis(topology: Topology) -> Vector:
@@ -60,6 +77,8 @@ def build_mixing(spec: Mapping[str, Any], topology: Topology, base: Path | None 
             raise InputError(
                 f"mixing: unknown key {key!r}{did_you_mean(str(key), allowed)}; known are {', '.join(allowed)}"
             )
+    if "file" in spec and "kind" in spec:
+        raise InputError("mixing: give kind or file, not both")
     if "file" in spec:
         return _from_file(str(spec["file"]), topology, base or Path.cwd(), bool(spec.get("lazy", False)))
     return mixing_matrix(topology, spec.get("kind", "metropolis"), lazy=bool(spec.get("lazy", False)))
@@ -156,4 +175,10 @@ def _from_file(file: str, topology: Topology, base: Path, lazy: bool) -> csr_arr
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"mixing: cannot read {file!r}: {error}") from None
     checked(matrix, topology)
-    return checked(csr_array((matrix + eye_array(topology.n)) * 0.5) if lazy else matrix, topology)
+    mixing = checked(csr_array((matrix + eye_array(topology.n)) * 0.5) if lazy else matrix, topology)
+    if mixing.data.min() < 0 and mixing_gap(mixing, topology) < -TOLERANCE:
+        raise InputError(
+            f"mixing on {topology.name!r}: {file!r} has negative entries and an eigenvalue of magnitude "
+            f"{1 - mixing_gap(mixing, topology):.6g} beside the 1 of the mean: mixing with it diverges"
+        )
+    return mixing

@@ -22,6 +22,8 @@ CVXPY_NODES = 20  # up to here cvxpy answers within a second
 SMALL = 600  # edges up to which the interior point answers within a second or two
 PAIRS = 4000  # edges up to which its matrices over pairs of edges fit
 DENSE = 8  # edges per node from which the surrogate is the faster one
+SURE = 3e-4  # certified gap with which cvxpy's answer is taken
+WORK = 2e11  # surrogate steps times n^3: a quarter of an hour or so on one core, where 300 steps would take hours
 NODES = 2000  # nodes up to which the SDP is attempted at all
 
 
@@ -53,8 +55,9 @@ def check_solver(topology: Topology, solver: str) -> None:
 def optimise(topology: Topology, affordable: RateSet, solver: Solver = "auto", prune: bool = False) -> Answer:
     """Return the rates of least `sqrt(2 chi1 chi2)` over a set, with their certificate.
 
-    `auto`: cvxpy to 20 nodes; else the interior point; the surrogate on graphs with many edges per node,
-    followed by the interior point where its certified gap is not small and the matrices fit.
+    `auto`: cvxpy to 20 nodes, followed by the interior point where it fails or certifies little (costs or caps of
+    many orders of magnitude); else the interior point; the surrogate on graphs with many edges per node, followed by
+    the interior point where its certified gap is not small and the matrices fit.
     """
     from threadpoolctl import threadpool_limits
 
@@ -77,17 +80,29 @@ def _best(topology: Topology, affordable: RateSet, solver: str) -> Answer:
 def _auto(topology: Topology, affordable: RateSet) -> Answer:
     n, m = topology.n, topology.m
     if n <= CVXPY_NODES:
-        return _by("cvxpy", topology, affordable)
+        try:
+            first = _by("cvxpy", topology, affordable)
+        except InputError:  # Clarabel failed
+            return _by("interior_point", topology, affordable)
+        return first if _gap(topology, affordable, first) < SURE else _second(topology, affordable, first)
     dense = m > max(SMALL, DENSE * n)
     if not dense and m <= PAIRS:
         return _by("interior_point", topology, affordable)
     first = _by("surrogate", topology, affordable)
-    value = _required(topology, affordable, first.rates)
-    if m > PAIRS or 1 - first.bound / value < 5e-3:
+    if m > PAIRS or _gap(topology, affordable, first) < 5e-3:
         return first
+    return _second(topology, affordable, first)
+
+
+def _gap(topology: Topology, affordable: RateSet, answer: Answer) -> float:
+    return 1 - answer.bound / _required(topology, affordable, answer.rates)
+
+
+def _second(topology: Topology, affordable: RateSet, first: Answer) -> Answer:
+    """The better rates and the better bound of the first solver and the interior point."""
     second = _by("interior_point", topology, affordable)
     better = min((first, second), key=lambda a: _required(topology, affordable, a.rates))
-    return better._replace(bound=max(first.bound, second.bound), solver="surrogate, then interior_point")
+    return better._replace(bound=max(first.bound, second.bound), solver=f"{first.solver}, then interior_point")
 
 
 def _by(solver: str, topology: Topology, affordable: RateSet) -> Answer:
@@ -103,7 +118,8 @@ def _by(solver: str, topology: Topology, affordable: RateSet) -> Answer:
         return Answer(found.rates, found.bound, solver)
     from fedsim.topology import surrogate
 
-    smooth = surrogate.minimise(topology, affordable)
+    steps = max(20, min(300, int(WORK / topology.n**3)))
+    smooth = surrogate.minimise(topology, affordable, steps=steps)
     return Answer(affordable.normalise(affordable.merge @ smooth.arcs), smooth.bound, solver)
 
 

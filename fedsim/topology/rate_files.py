@@ -48,23 +48,30 @@ def read_rates(file: str, topology: Topology, base: Path | None = None) -> Vecto
 
 
 def write_rates(place: Path, topology: Topology, rates: Vector) -> None:
-    """Write a table `u,v,rate` that `rates: {file: ...}` reads back bit for bit."""
+    """Write a table `u,v,rate` that `rates: {file: ...}` reads back bit for bit.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     ends = [(topology.label(int(u)), topology.label(int(v))) for u, v in topology.edges]
-    lines = [f"{u},{v},{rate!r}" for (u, v), rate in zip(ends, rates.tolist(), strict=True)]
-    place.write_text("\n".join(["u,v,rate", *lines]) + "\n")
+    lines = [f"{files.quoted(u)},{files.quoted(v)},{rate!r}" for (u, v), rate in zip(ends, rates.tolist(), strict=True)]
+    try:
+        place.write_text("\n".join(["u,v,rate", *lines]) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"rates: cannot write {str(place)!r}: {error.strerror}") from None
 
 
 def _listed_rates(place: Path, topology: Topology) -> Vector:
     content = files.load_yaml(place)
-    if "rates" not in content or len(content["rates"]) != len(content.get("edges", ())):
+    given = content.get("rates")
+    labels, pairs = files.listed_edges(place, content) if isinstance(given, list) else ([], [])
+    if not isinstance(given, list) or len(given) != len(pairs):
         raise InputError(f"{place.name}: 'rates' must list one number per entry of 'edges'")
-    labels = list(content["nodes"]) if "nodes" in content else list(range(content["n"]))
-    number = {label: i for i, label in enumerate(labels)}
-    ends = np.sort([[number[u], number[v]] for u, v in content["edges"]], axis=1)
+    ends = np.sort(np.array(pairs).reshape(-1, 2), axis=1)
     by_row = np.lexsort((ends[:, 1], ends[:, 0]))
-    if not np.array_equal(ends[by_row], topology.edges):
+    if labels != [topology.label(i) for i in range(topology.n)] or not np.array_equal(ends[by_row], topology.edges):
         raise InputError(f"{place.name}: its edges are not those of {topology.name!r}")
-    rates = np.array([_number(place, None, str(r)) for r in content["rates"]])[by_row]
+    rates = np.array([_number(place, None, str(r)) for r in given])[by_row]
     check_rates(topology, rates)
     return rates
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology import cache
@@ -23,8 +24,51 @@ from fedsim.topology.topology import Topology
 __all__ = ["Rates", "build_rates", "gossip_rates", "read_rates", "write_rates"]
 
 Vector = NDArray[np.float64]
-KINDS = (*SCHEMES, "sdp", "file")
-KEYS = ("kind", "set", "caps", "solver", "prune", "file", "chi1", "chi2", "scale")
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+KINDS = (*SCHEMES, "sdp")
+
+
+@dataclass(frozen=True)
+class RatesSection:
+    """What a scenario's `rates` may say: a kind with its keys, or a file.
+
+    Attributes:
+        kind: uniform, metropolis, degree or sdp.
+        file: a table u,v,rate, or a topology's YAML with `rates`.
+        set: what the network affords: one budget for all edges, or a cap for what each node starts or takes part in.
+        caps: the budget, or the nodes' cap: one number, or one for each node.
+        solver: for sdp; auto chooses by size.
+        prune: for sdp; drop small rates and solve again while that helps.
+        chi1: of the normalised rates, where the graph is too large to compute it (with chi2).
+        chi2: as chi1.
+        scale: theory sets the rates to 2 chi1 chi2 = 1, none keeps them.
+    """
+
+    kind: str = "uniform"
+    file: str | None = None
+    set: SetKind = "total"
+    caps: Positive | list[Positive] = 1.0
+    solver: Solver = "auto"
+    prune: Annotated[bool, Field(strict=True)] = False
+    chi1: Positive | None = None
+    chi2: Positive | None = None
+    scale: Literal["theory", "none"] = "theory"
+
+
+KEYS = tuple(f.name for f in fields(RatesSection))
+
+
+def clashes(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the (key, reason) of what a `rates` section says in vain."""
+    if "file" in spec:
+        meant, why = ("kind", "set", "caps", "solver", "prune"), "does not go with file: its rates stay as they are"
+    elif spec.get("kind", "uniform") == "sdp":
+        meant, why = ("chi1", "chi2"), "does not go with kind: sdp, whose constants are computed"
+    else:
+        meant, why = ("solver", "prune"), "is for kind: sdp"
+    yield from ((key, why) for key in meant if spec.get(key) not in (None, False, "auto"))
+    if (spec.get("chi1") is None) != (spec.get("chi2") is None):
+        yield "chi1", "chi1 and chi2 are given together or not at all"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +161,13 @@ def build_rates(spec: Mapping[str, Any], topology: Topology, base: Path | None =
     `chi1`, `chi2` may be given for graphs too large to compute them. `scale` is left to the caller.
 
     Raises:
-        InputError: an unknown key or name, or rates that cannot be used.
+        InputError: an unknown key or name, keys that do not go together, or rates that cannot be used.
     """
     for key in spec:
         if key not in KEYS:
             raise InputError(f"rates: unknown key {key!r}{did_you_mean(str(key), KEYS)}; known are {', '.join(KEYS)}")
+    for key, why in clashes(spec):
+        raise InputError(f"rates.{key}: {why}")
     given = {k: v for k, v in spec.items() if k not in ("scale", "chi1", "chi2", "file", "kind")}
     known = _given_chi(spec)
     if "file" in spec:
@@ -158,7 +204,7 @@ def gossip_rates(
         if rule is None:
             raise InputError(f"rates: unknown kind {kind!r}{did_you_mean(kind, KINDS)}; known are {', '.join(KINDS)}")
         rates = affordable.normalise(rule(topology))
-        return Rates(kind, set, rates, chi_given or chi(topology, rates), affordable.costs)
+        return Rates(kind, set, rates, _constants(topology, rates, chi_given), affordable.costs)
     return _solved(topology, affordable, solver, prune)
 
 
@@ -200,4 +246,17 @@ def _given_chi(spec: Mapping[str, Any]) -> Chi | None:
 def _from_file(file: str, topology: Topology, base: Path, known: Chi | None) -> Rates:
     rates = read_rates(file, topology, base)
     costs = np.ones(topology.m) if topology.costs is None else topology.costs
-    return Rates("file", "none", rates, known or chi(topology, rates), costs, solver=file)
+    return Rates("file", "none", rates, _constants(topology, rates, known), costs, solver=file)
+
+
+def _constants(topology: Topology, rates: Vector, given: Chi | None) -> Chi:
+    """The constants given, which no graph can contradict here, or computed ones."""
+    if given is None:
+        return chi(topology, rates)
+    least = (topology.n - 1) / (2 * float(rates.sum()))
+    if min(given.chi1, given.chi2) < least * (1 - 1e-9):
+        raise InputError(
+            f"rates: chi1 and chi2 of these rates are at least (n - 1) / (2 sum of rates) = {least:.6g} on any graph, "
+            f"got {given.chi1:.6g} and {given.chi2:.6g}"
+        )
+    return given

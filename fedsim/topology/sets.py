@@ -124,7 +124,10 @@ def rate_set(topology: Topology, kind: SetKind = "total", caps: float | Vector |
 
 
 def _caps(topology: Topology, count: int, given: float | Vector | None) -> Vector:
-    caps = np.asarray(1.0 if given is None else given, dtype=float)
+    try:
+        caps = np.asarray(1.0 if given is None else given, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(f"rates of {topology.name!r}: caps must be numbers, got {given!r}") from None
     if caps.ndim > 1 or (caps.ndim == 1 and len(caps) != count):
         raise InputError(f"rates of {topology.name!r}: caps must be one number or {count}, got shape {caps.shape}")
     if not (np.isfinite(caps).all() and (caps > 0).all()):

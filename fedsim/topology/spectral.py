@@ -21,6 +21,7 @@ from fedsim.topology.topology import Topology
 Vector = NDArray[np.float64]
 Sparse = Any  # a scipy.sparse.csr_array; scipy brings no types
 DENSE = 2000  # nodes up to which eigenvalues and resistances are computed from dense matrices
+LOST = 1e-13  # lambda_2 over the largest eigenvalue where rounding is a per cent or so of lambda_2
 FACTORED = 10_000  # nodes up to which a sparse factorisation is tried for a certified bound
 
 
@@ -60,7 +61,8 @@ def chi(topology: Topology, rates: Vector) -> Chi:
     grid or torus; beyond, certified upper bounds.
 
     Raises:
-        InputError: the edges that fire do not connect the nodes, or a rate is negative or not finite.
+        InputError: the edges that fire do not connect the nodes, a rate is negative or not finite, or rates differ so
+            much that nothing is left of `lambda_2`.
     """
     check_rates(topology, rates)
     equal = bool((rates == rates[0]).all())
@@ -68,10 +70,21 @@ def chi(topology: Topology, rates: Vector) -> Chi:
     if known is not None:
         return Chi(known[0], known[1], True).scaled(float(rates[0]))
     if topology.n <= DENSE:
-        spectrum = Spectrum(topology, rates)
-        return Chi(spectrum.chi1, spectrum.chi2, True)
+        return _dense_chi(topology, rates)
     chi1 = 1 / algebraic_connectivity_bound(topology, rates)
     return Chi(chi1, float(min(chi1, 0.5 * resistance_bounds(topology, rates).max())), False)
+
+
+def _dense_chi(topology: Topology, rates: Vector) -> Chi:
+    spectrum = Spectrum(topology, rates)
+    eigenvalues = spectrum.eigenvalues
+    if eigenvalues[1] <= LOST * eigenvalues[-1]:
+        fires = rates[rates > 0]
+        raise InputError(
+            f"rates of {topology.name!r}: from {fires.min():.3g} to {fires.max():.3g} they differ so much that "
+            "lambda_2 is lost in rounding; raise the smallest, or set them to 0 so that their edges never fire"
+        )
+    return Chi(float(1 / eigenvalues[1]), spectrum.chi2, True)
 
 
 def check_rates(topology: Topology, rates: Vector) -> None:

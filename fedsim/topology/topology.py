@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,31 +55,32 @@ class Topology:
         *,
         order: Order = "rcm",
         labels: tuple[Hashable, ...] | None = None,
-        costs: NDArray[np.float64] | None = None,
+        costs: NDArray[np.float64] | Sequence[float] | None = None,
         layout: NDArray[np.float64] | None = None,
         recipe: tuple[str, dict[str, object]] | None = None,
     ) -> Topology:
         """Check a list of edges (node numbers) and number the nodes along a reverse Cuthill-McKee order.
 
         Raises:
-            InputError: fewer than 2 nodes, a self-loop, a duplicate edge, an unknown node, or a
-                disconnected graph; the message names the culprit.
+            InputError: fewer than 2 nodes, a self-loop, a duplicate edge, an unknown node, a disconnected graph,
+                or a cost that is no positive number; the message names the culprit as the user does.
         """
         array = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
-        _refuse_bad_edges(name, n, array)
+        called = _Called(name, n, labels)
+        _refuse_bad_edges(called, array)
         array = np.sort(array, axis=1)
         by_row = np.lexsort((array[:, 1], array[:, 0]))
         array = np.ascontiguousarray(array[by_row])
-        _refuse_duplicates(name, array)
+        _refuse_duplicates(called, array)
         adjacency = _adjacency(n, array)
-        _refuse_disconnected(name, n, adjacency)
+        _refuse_disconnected(called, adjacency)
         return cls(
             name=name,
             n=n,
             edges=array,
-            order=_positions(adjacency, order),
+            order=_positions(name, adjacency, order),
             labels=labels,
-            costs=None if costs is None else np.asarray(costs, dtype=np.float64)[by_row],
+            costs=None if costs is None else _checked_costs(called, array, costs, by_row),
             layout=layout,
             recipe=recipe,
         )
@@ -100,7 +101,7 @@ class Topology:
         labels = tuple(graph.nodes)
         number = {label: i for i, label in enumerate(labels)}
         pairs = [(number[u], number[v]) for u, v in graph.edges()]
-        costs = [data.get("cost") for _, _, data in graph.edges(data=True)]
+        costs: list[Any] = [data.get("cost") for _, _, data in graph.edges(data=True)]
         if any(c is None for c in costs) and any(c is not None for c in costs):
             raise InputError(f"topology {title!r}: some edges have a 'cost' and some do not; give all or none")
         has_costs = bool(costs) and costs[0] is not None
@@ -110,7 +111,7 @@ class Topology:
             np.asarray(pairs, dtype=np.int64),
             order=order,
             labels=None if labels == tuple(range(len(labels))) else labels,
-            costs=np.asarray(costs, dtype=np.float64) if has_costs else None,
+            costs=costs if has_costs else None,
             layout=_positions_of_nodes(graph),
         )
 
@@ -158,21 +159,61 @@ def _positions_of_nodes(graph: nx.Graph) -> NDArray[np.float64] | None:
     return np.asarray(placed, dtype=np.float64)
 
 
-def _refuse_bad_edges(name: str, n: int, edges: NDArray[np.int64]) -> None:
+@dataclass(frozen=True)
+class _Called:
+    """What messages call a graph and its nodes."""
+
+    name: str
+    n: int
+    labels: tuple[Hashable, ...] | None
+
+    def node(self, number: int) -> str:
+        return str(number) if self.labels is None else repr(self.labels[number])
+
+    def edge(self, ends: NDArray[np.int64]) -> str:
+        return f"edge ({self.node(int(ends[0]))}, {self.node(int(ends[1]))})"
+
+    def refusal(self, reason: str) -> InputError:
+        return InputError(f"topology {self.name!r}: {reason}")
+
+
+def _refuse_bad_edges(called: _Called, edges: NDArray[np.int64]) -> None:
+    n = called.n
     if n < 2:
-        raise InputError(f"topology {name!r}: at least 2 nodes are needed, got {n}")
-    loops = edges[edges[:, 0] == edges[:, 1]]
-    if len(loops):
-        raise InputError(f"topology {name!r}: node {loops[0, 0]} has an edge to itself (self-loop); remove it")
+        raise called.refusal(f"at least 2 nodes are needed, got {n}")
+    if called.labels is not None and len(set(called.labels)) != n:
+        raise called.refusal(f"{n} nodes need as many different names, got {len(set(called.labels))}")
     outside = edges[(edges < 0).any(axis=1) | (edges >= n).any(axis=1)]
     if len(outside):
-        raise InputError(f"topology {name!r}: edge {tuple(outside[0].tolist())} names a node outside 0..{n - 1}")
+        raise called.refusal(f"edge {tuple(outside[0].tolist())} names a node outside 0..{n - 1}")
+    loops = edges[edges[:, 0] == edges[:, 1]]
+    if len(loops):
+        raise called.refusal(f"node {called.node(int(loops[0, 0]))} has an edge to itself (self-loop); remove it")
 
 
-def _refuse_duplicates(name: str, edges: NDArray[np.int64]) -> None:
+def _refuse_duplicates(called: _Called, edges: NDArray[np.int64]) -> None:
     same = np.flatnonzero((edges[1:] == edges[:-1]).all(axis=1))
     if len(same):
-        raise InputError(f"topology {name!r}: edge {tuple(edges[same[0]].tolist())} is given twice (duplicate edge)")
+        raise called.refusal(f"{called.edge(edges[same[0]])} is given twice (duplicate edge)")
+
+
+def _checked_costs(called: _Called, edges: NDArray[np.int64], given: Any, by_row: NDArray[np.int64]) -> Any:
+    """The costs in the order of the sorted `edges`; `given` are in the order that `by_row` undoes."""
+    if np.shape(given) != (len(edges),):
+        raise called.refusal(f"{len(edges)} edges need as many costs, got shape {np.shape(given)}")
+    costs = np.array([_number(given[i]) for i in by_row])
+    bad = np.flatnonzero(~(np.isfinite(costs) & (costs > 0)))
+    if len(bad):
+        wrong = given[by_row[bad[0]]]
+        raise called.refusal(f"the cost of {called.edge(edges[bad[0]])} must be a positive number, got {wrong!r}")
+    return costs
+
+
+def _number(given: Any) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _adjacency(n: int, edges: NDArray[np.int64]):
@@ -183,23 +224,24 @@ def _adjacency(n: int, edges: NDArray[np.int64]):
     return (upper + upper.T).tocsr()
 
 
-def _refuse_disconnected(name: str, n: int, adjacency) -> None:
+def _refuse_disconnected(called: _Called, adjacency) -> None:
     from scipy.sparse.csgraph import connected_components
 
     parts, part = connected_components(adjacency, directed=False)
     if parts > 1:
         sizes = sorted(np.bincount(part).tolist(), reverse=True)
         lonely = int(np.flatnonzero(part == np.bincount(part).argmin())[0])
-        raise InputError(
-            f"topology {name!r}: the graph is disconnected: {parts} parts of sizes {sizes[:6]}"
-            f"{'...' if parts > 6 else ''}; node {lonely} is in the smallest. A connected graph is needed"
+        raise called.refusal(
+            f"the graph is disconnected: {parts} parts of sizes {sizes[:6]}{'...' if parts > 6 else ''}; "
+            f"node {called.node(lonely)} is in the smallest. A connected graph is needed"
         )
 
 
-def _positions(adjacency, order: Order) -> NDArray[np.int64]:
-    n = adjacency.shape[0]
+def _positions(name: str, adjacency, order: Order) -> NDArray[np.int64]:
+    if order not in get_args(Order):
+        raise InputError(f"topology {name!r}: order must be 'rcm' or 'given', got {order!r}")
     if order == "given":
-        return np.arange(n, dtype=np.int64)
+        return np.arange(adjacency.shape[0], dtype=np.int64)
     from scipy.sparse.csgraph import reverse_cuthill_mckee
 
     return reverse_cuthill_mckee(adjacency, symmetric_mode=True).astype(np.int64)
