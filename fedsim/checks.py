@@ -92,14 +92,8 @@ def check_named(sections: dict[str, Any], base: Path, mistakes: Mistakes) -> Non
     _check_mixing(sections.get("mixing"), mistakes)
 
 
-# Keys that stand beside the component's own, with what reads them.
-BESIDE = {
-    "problem": ("data", "partition", "composite", "normalise", "standardise", "bias", "weights", "l2"),
-    "data": ("normalise", "bias"),
-    "partition": (),
-    "composite": (),
-    "algorithm": (),
-}
+# Sections that stand among a component's own keys.
+BESIDE = {"problem": ("data", "partition", "composite")}
 
 
 def _check_component(
@@ -125,7 +119,7 @@ def _check_component(
         mistakes.add((*path, "kind"), f"{kind} is no dataclass; put @dataclass(frozen=True) before the class")
         return
     own = [f.name for f in fields(cls) if f.init]
-    beside = [name for name in BESIDE[section] if name not in own]
+    beside = [name for name in BESIDE.get(section, ()) if name not in own]
     known = known_keys(path, rest, (*own, *beside), mistakes)
     try:
         build(cls, {name: value for name, value in known.items() if name in own})

@@ -43,6 +43,7 @@ KEYS = (
 OF_STUDY = ("variants", "short")
 NO_AXES = ("name", "claim", "seed", "seeds", "variants", "sweep", "select", "short")
 NOT_IN_DIGEST = ("name", "claim", "record", "checkpoint", "engine")
+SEED = "a whole number of at least 0 and below 2^64"
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,15 +402,22 @@ def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str,
 
 def _seeds(merged: dict[str, Any], mistakes: Mistakes) -> list[int]:
     first, seeds = merged.get("seed", 0), merged.get("seeds", 1)
-    if not _whole(first) or first < 0:
-        mistakes.add(("seed",), f"{first!r} given, a whole number of at least 0 needed")
+    if not _is_seed(first):
+        mistakes.add(("seed",), f"{first!r} given, {SEED} needed")
         return [0]
-    if isinstance(seeds, list) and seeds and all(_whole(s) and s >= 0 for s in seeds):
+    if isinstance(seeds, list) and seeds and all(map(_is_seed, seeds)):
         return seeds
     if not isinstance(seeds, int) or not _whole(seeds) or seeds < 1:
         mistakes.add(("seeds",), f"{seeds!r} given; a number of seeds (at least 1) or a list of seeds is needed")
         return [first]
+    if not _is_seed(first + seeds - 1):
+        mistakes.add(("seeds",), f"{seeds} from {first} on given; the last one must be {SEED}")
+        return [first]
     return list(range(first, first + seeds))
+
+
+def _is_seed(value: Any) -> bool:
+    return _whole(value) and 0 <= value < 2**64
 
 
 def _whole(value: Any) -> bool:
@@ -426,9 +434,9 @@ def _data_seed(merged: Mapping[str, Any], seed: int, mistakes: Mistakes) -> int:
     given = merged.get("data_seed", merged.get("seed", 0))
     if given == "each":
         return seed
-    if given is not None and (not _whole(given) or given < 0):
+    if given is not None and not _is_seed(given):
         if "data_seed" in merged:
-            mistakes.add(("data_seed",), f"{given!r} given; a whole number of at least 0, or each, is needed")
+            mistakes.add(("data_seed",), f"{given!r} given; {SEED}, or each, is needed")
         return 0
     return int(given or 0)
 

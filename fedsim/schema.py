@@ -108,7 +108,7 @@ def _component(section: str, definitions: dict[str, Any], parts: dict[str, Any])
     for kind, entry in registry.KINDS[section].items():
         cls = registry.find(section, kind, Path())
         own = _of(cls, definitions)
-        beside = {name: parts.get(name, {}) for name in BESIDE[section] if name not in own["properties"]}
+        beside = {name: parts.get(name, {}) for name in BESIDE.get(section, ()) if name not in own["properties"]}
         choices.append(
             {
                 "type": "object",

@@ -163,8 +163,8 @@ class RunSetting:
             return f"the smoothness L, which is unknown for problem {kind!r}; give the step sizes yourself"
         if name == "mu" and not self.mu:
             return (
-                f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2, or give the"
-                " constants yourself"
+                f"strong convexity: mu = {self.mu} for problem {kind!r} makes its theory void; add l2 (least squares:"
+                " kind: ridge), or give the constants yourself where it takes them"
             )
         if name == "gradient" and not self.problem.has_gradient:
             return f"gradients, and problem {kind!r} is a black box; use fzoos, fedzo, fedprox_zo or scaffold_zo"

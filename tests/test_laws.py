@@ -166,18 +166,58 @@ class RemembersElsewhere(Tracking):
         return TrackingState((await Mix(s.x)) / self.__dict__["rounds"], s.y, s.g, s.mean)
 
 
+@dataclass(frozen=True)
+class WritesBehindTorch(Tracking):
+    async def round(self, s, k, f, rng):
+        x = await Mix(s.x)
+        x.numpy()[:] *= 0.5
+        return TrackingState(x, s.y, s.g, s.mean)
+
+
+@dataclass(frozen=True)
+class WritesToTheStart(Tracking):
+    async def start(self, x0, f, rng):
+        x0.mul_(2.0)
+        return await super().start(x0, f, rng)
+
+
+@dataclass(frozen=True)
+class MixesWhereLarge(Tracking):
+    async def round(self, s, k, f, rng):
+        x = await Mix(s.x) if float(s.x.norm()) > 1.0 else s.x
+        return TrackingState(x, s.y, s.g, s.mean)
+
+
+@dataclass(frozen=True)
+class RollsRows(Tracking):
+    async def round(self, s, k, f, rng):
+        return TrackingState(await Mix(s.x.roll(1, 0)), s.y, s.g, s.mean)
+
+
+@dataclass(frozen=True)
+class SeedsItsOwn(Tracking):
+    async def round(self, s, k, f, rng):
+        own = [np.random.default_rng([k, node]).standard_normal(s.x.shape[1]) for node in f.nodes]
+        return TrackingState(await Mix(s.x + torch.from_numpy(np.stack(own))), s.y, s.g, s.mean)
+
+
 BREAKERS = [
     (ReadsOtherRows, r"of node \d+ is different .* after round 1 in blocks of 1 rows .* through requests only"),
     (UsesTorchRand, r"global generator of torch was used; draw from `rng`"),
     (UsesNumpyRandom, r"global generator of NumPy was used"),
     (WritesToAnswers, r"the answer to Mean was modified in place; answers are read-only"),
     (RemembersElsewhere, r"different .* in blocks of 1 rows"),
+    (WritesBehindTorch, r"the answer to Mix was modified in place"),
+    (WritesToTheStart, r"start modified the points x0"),
+    (MixesWhereLarge, r"blocks disagree .*; control flow may depend on the round and on shared values, never on rows"),
+    (RollsRows, r"after round 1 in blocks of 1 rows"),
+    (SeedsItsOwn, r"numpy\.random\.default_rng was called: a generator of one's own"),
 ]
 
 
 @pytest.mark.parametrize(("breaker", "words"), BREAKERS, ids=lambda b: getattr(b, "__name__", ""))
 def test_an_algorithm_that_breaks_a_law_is_told_which(breaker, words):
-    """A mean over the block, global randomness, written answers and hidden state are each named."""
+    """Rows read past a request, randomness, answers written to, hidden state, branches on rows are each named."""
     with pytest.raises(AssertionError, match=words):
         testing.check(breaker)
 
@@ -240,11 +280,34 @@ class CentredFlow(SignFlow):
         return v["x"] - v["x"].mean(dim=0)
 
 
-def test_algorithms_of_functions_are_held_to_their_rows():
-    """An event algorithm passes; one whose message looks at the other rows is named."""
+class CentredStart(SignFlow):
+    """Starts from what the block's mean leaves."""
+
+    def start(self, x0, gradient, mean_gradient):
+        return {"x": x0 - x0.mean(dim=0), "u": gradient}
+
+
+class ForgetfulFlow(SignFlow):
+    """Overwrites what the other node sent."""
+
+    def gossip(self, v, own, other):
+        other.zero_()
+        return {"x": v["x"] - 0.25 * (own - other), "u": v["u"]}
+
+
+@pytest.mark.parametrize(
+    ("breaker", "words"),
+    [
+        (CentredFlow, "message: message of node 0 is different in blocks of 1"),
+        (CentredStart, "start: x of node 0 is different in blocks of 1"),
+        (ForgetfulFlow, "gossip modified what it was given"),
+    ],
+)
+def test_algorithms_of_functions_are_held_to_their_rows(breaker, words):
+    """An event algorithm passes; one whose functions look at other rows, or write to what they get, is named."""
     assert "any block of rows" in str(testing.check(SignFlow))
-    with pytest.raises(AssertionError, match=r"message: message of node 0 is different in blocks of 1"):
-        testing.check(CentredFlow)
+    with pytest.raises(AssertionError, match=words):
+        testing.check(breaker)
 
 
 class Wrong(Problem):
@@ -276,6 +339,16 @@ def _in_place(x, nodes, batch=None):
     return Wrong()._good.gradient(x.mul_(1.5), nodes)
 
 
+def _halves_weights(x, nodes, batch=None):
+    if batch is not None:
+        batch.weights[:] *= 0.5
+    return Wrong()._good.gradient(x, nodes)
+
+
+def _seeded(x, nodes, batch=None):
+    return Wrong()._good.gradient(x, nodes) + 0 * torch.rand(1, generator=torch.Generator().manual_seed(0))
+
+
 MISTAKES = [
     ({"gradient": _centred}, r"gradient of node \d+ is different .* in the block of nodes .* on that row only"),
     ({"gradient": _noisy}, "global generator of torch was used"),
@@ -286,6 +359,12 @@ MISTAKES = [
     ({"optimum": lambda: torch.zeros(4).double()}, "optimum is not one"),
     ({"dual_gradient": lambda s, nodes: s}, "dual_gradient is not the inverse of gradient"),
     ({"prox": lambda v, step: v - v.mean(dim=0)}, r"prox of node \d+ is different"),
+    ({"L": 0.99 * Quadratic(np.linspace(1, 4, 44).reshape(11, 4), np.ones((11, 4))).L}, r"L of node \d+ is too small"),
+    ({"gradient": lambda x, nodes, batch=None: Wrong()._good.gradient(x, nodes).float()}, "type torch.float32"),
+    ({"loss": lambda x, nodes: Wrong()._good.loss(x, nodes[: len(x)])}, r"all nodes share, .* has shape \(1,\)"),
+    ({"records": np.full(11, 4)}, "one record is the exact one on every node: `batch` seems to be ignored"),
+    ({"records": np.full(11, 4), "gradient": _halves_weights}, "modified the minibatch it was given"),
+    ({"gradient": _seeded}, "torch.Generator was called: a generator of one's own"),
 ]
 
 

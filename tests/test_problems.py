@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import fedsim
 from fedsim.algorithms.algorithm import Sampling
 from fedsim.engine.sampling import draw
 from fedsim.errors import InputError, Unsupported
 from fedsim.problems.build import build
+from fedsim.problems.data.table import Data
+from fedsim.problems.least_squares import LeastSquares
+from fedsim.problems.logistic import Logistic, Multinomial
 
 N = 7
 SPECS = {
@@ -143,6 +147,92 @@ def test_dual_gradients_are_refused_by_name_where_there_are_none():
         poor.dual_gradient(torch.zeros(200, 10).double(), np.arange(200))
 
 
+@pytest.mark.parametrize("kind", ["msda", "continuized"])
+@pytest.mark.parametrize("problem", ["module", "logistic", "multinomial"])
+def test_methods_of_dual_gradients_say_that_they_miss_them_first(kind, problem):
+    """A problem without dual gradients is refused for that, not for an L or mu that would not help."""
+    with pytest.raises(InputError, match=f"{kind} needs dual gradients, which problem '{problem}' does not have"):
+        fedsim.check(
+            {
+                "topology": {"kind": "ring", "n": N},
+                "problem": SPECS[problem] | {"l2": 0.0},
+                "algorithm": {"kind": kind},
+                "schedule": {"horizon": 1},
+            }
+        )
+
+
+def regression(features, labels, parts=2, **changes):
+    data = Data(features, labels, {}, "made", "regression")
+    return LeastSquares(data, np.array_split(np.arange(len(labels)), parts), **changes)
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-10])
+def test_mu_keeps_its_digits_where_the_hessian_is_ill_conditioned(smallest):
+    """With orthonormal columns scaled by known lengths, L and mu are these squared, down to a condition of 1e20."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 4)))[0]
+    lengths = np.array([1.0, smallest, 0.3, 0.1])
+    problem = regression(np.tile(basis * lengths, (2, 1)), np.ones(80))
+    np.testing.assert_allclose(problem.L, 2 / 40, rtol=1e-14)
+    np.testing.assert_allclose(problem.mu, 2 / 40 * smallest**2, rtol=max(1e-13, 1e-15 / smallest))
+
+
+@pytest.mark.parametrize("kind", ["a product", "a copy", "classes and an intercept"])
+def test_records_of_less_than_full_rank_have_no_mu_and_no_optimum(kind):
+    """Columns that depend on others, in whatever units, make mu exactly 0 and the minimiser not unique."""
+    rng = np.random.default_rng(1)
+    features = {
+        "a product": rng.normal(size=(60, 3)) @ rng.normal(size=(3, 5)),
+        "a copy": rng.normal(size=(60, 4))[:, [0, 1, 2, 3, 0]] * [1e-5, 1.0, 1e4, 1.0, 3e3],
+        "classes and an intercept": np.c_[np.eye(4)[rng.integers(0, 4, 60)], np.ones(60)],
+    }[kind]
+    problem = regression(features, rng.normal(size=60))
+    assert (problem.mu == 0).all()
+    assert problem.optimum() is None
+    with pytest.raises(Unsupported, match=r"not of full column rank \(mu/L = 0\)"):
+        problem.dual_gradient(torch.zeros(2, 5).double(), np.arange(2))
+
+
+def test_the_units_of_columns_do_not_hide_the_optimum():
+    """Columns in units from 1e-8 to 1e6 have the minimiser of columns of one size, in their own units."""
+    rng = np.random.default_rng(2)
+    features, labels, units = rng.normal(size=(50, 4)), rng.normal(size=50), np.array([1e-8, 1.0, 1e6, 10.0])
+    best = regression(features, labels).optimum()
+    scaled = regression(features * units, labels).optimum()
+    np.testing.assert_allclose(scaled.numpy() * units, best.numpy(), rtol=1e-12)
+
+
+def test_a_logistic_optimum_is_right_where_the_objective_is_flat():
+    """With one-hot columns and an intercept, x* lies in their span: the intercept is the sum of the others, to 1e-13.
+
+    Rounding of an ordinary gradient moves it out of the span by 1e-16 / l2.
+    """
+    rng = np.random.default_rng(3)
+    features = np.c_[rng.normal(size=(200, 2)), np.eye(3)[rng.integers(0, 3, 200)], np.ones(200)]
+    data = Data(features, rng.integers(0, 2, 200), {}, "made", "binary", ("0", "1"))
+    parts = np.array_split(np.arange(200), 3)
+    best = Logistic(data, parts, 1e-6).optimum()
+    assert float(best[2:5].sum() - best[5]) == pytest.approx(0, abs=1e-13 * float(best.norm()))
+    several = Multinomial(data, parts, 1e-6).optimum().reshape(2, -1)
+    assert float(several.sum(dim=0).abs().max()) == pytest.approx(0, abs=1e-13 * float(several.norm()))
+
+
+def test_quadratics_in_one_dimension_differ_between_nodes():
+    """With dim 1 the condition number is that of the nodes' curvatures: L/mu is what was asked for."""
+    problem = build({"kind": "quadratic", "dim": 1, "condition": 50}, N, 0, Path())
+    assert problem.mu.min() == pytest.approx(1)
+    assert problem.L.max() == pytest.approx(50)
+
+
+def test_given_quadratics_may_be_full():
+    """`curvatures [n][dim][dim]` are the A_i themselves."""
+    a, b = [[2.0, 1.0], [1.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]]
+    problem = build({"kind": "quadratic", "curvatures": [a, a], "centres": b}, 2, 0, Path())
+    np.testing.assert_allclose(problem.L, 3)
+    np.testing.assert_allclose(problem.mu, 1)
+    np.testing.assert_allclose(problem.optimum(), [0.5, 1.5])
+
+
 def test_weights_by_samples_pool_the_records():
     """With `weights: samples` the objective is the plain mean over all records, however they are split."""
     spec = {**SPECS["ridge"], "weights": "samples"}
@@ -170,6 +260,15 @@ def test_without_l2_a_logistic_optimum_is_not_claimed():
         ({"kind": "quadratic", "data": {"kind": "iris"}}, "leave data out"),
         ({"kind": "consensus", "values": [[1.0]]}, r"shape \(1, 1\) given, \[7\]\[dim\] needed"),
         ({"kind": "quadratic", "centres": [[0.0]] * 7, "curvatures": [-1.0] * 7}, "eigenvalue -1; > 0 needed"),
+        ({"kind": "quadratic", "centres": [[0.0]] * 6 + [[1.0, 2.0]]}, "centres: its lists differ in length"),
+        ({"kind": "quadratic", "centres": [[]] * 7}, r"centres: shape \(7, 0\) given"),
+        ({"kind": "quadratic", "centres": [[0.0]] * 6 + [[np.nan]]}, "finite number"),
+        ({"kind": "consensus", "values": [[np.inf]] * 7}, "finite number"),
+        ({"kind": "quadratic", "seed": -1}, "problem.seed: .*greater than or equal to 0"),
+        (
+            {"kind": "quadratic", "centres": [[0.0, 0.0]] * 7, "curvatures": [[[1.0, 0.0], [0.5, 1.0]]] * 7},
+            "node 0's curvature is not symmetric",
+        ),
     ],
 )
 def test_problems_that_mean_nothing_are_refused(spec, message):

@@ -124,6 +124,11 @@ stop: {distanc: 1e-3}
     [
         ("seeds: 0", "seeds: 0 given; a number of seeds"),
         ("seed: -1", "seed: -1 given, a whole number of at least 0"),
+        ("seed: 18446744073709551616", "seed: 18446744073709551616 given, a whole number of at least 0 and below 2^64"),
+        ("seed: 18446744073709551615\nseeds: 2", "seeds: 2 from 18446744073709551615 on given"),
+        ("data_seed: -1", "data_seed: -1 given; a whole number of at least 0"),
+        ("problem: {kind: quadratic, l2: 0.1}", "problem.l2: unknown key"),
+        ("problem: {kind: logistic, data: {kind: iris}, normalise: rows}", "problem.normalise: unknown key"),
         ("schedule: {horizon: 0}", "schedule.horizon: input should be greater than 0"),
         ("schedule: {}", "schedule.horizon: this key is missing"),
         ("mixing: {kind: metropolis}", "dadao does not mix; leave mixing out"),

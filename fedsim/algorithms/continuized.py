@@ -35,11 +35,11 @@ class Continuized(DynamicsAlgorithm):
     kind: ClassVar[str] = "continuized"
     paper: ClassVar[str] = "Even et al., NeurIPS 2021, appendix H"
     provenance: ClassVar[Provenance] = "authors' code"
-    needs: ClassVar[tuple[str, ...]] = ("L", "mu", "dual", "rates")
+    needs: ClassVar[tuple[str, ...]] = ("dual", "L", "mu", "rates")
 
     def resolve(self, setting: Setting) -> Continuized:
         """Refuse what has no dual gradients, no L, or no mu > 0."""
-        setting.require("continuized", "L", "mu", "dual", "rates")
+        setting.require("continuized", "dual", "L", "mu", "rates")
         return self
 
     def dynamics(self, setting: Setting) -> Dynamics:

@@ -54,7 +54,7 @@ class MSDA(SyncAlgorithm):
     kind: ClassVar[str] = "msda"
     paper: ClassVar[str] = "Scaman et al., ICML 2017, Algorithm 2"
     provenance: ClassVar[Provenance] = "paper"
-    needs: ClassVar[tuple[str, ...]] = ("L", "mu", "dual", "edges")
+    needs: ClassVar[tuple[str, ...]] = ("dual", "L", "mu", "edges")
 
     _chebyshev: Chebyshev | None = field(default=None, init=False, repr=False)
     _eta: float = field(default=0.0, init=False, repr=False)
@@ -62,7 +62,7 @@ class MSDA(SyncAlgorithm):
 
     def resolve(self, setting: Setting) -> MSDA:
         """Compute eta, m, K and the Chebyshev coefficients; refuse what has no dual gradients."""
-        setting.require("msda", "L", "mu", "dual", "edges")
+        setting.require("msda", "dual", "L", "mu", "edges")
         assert setting.L is not None
         assert setting.mu is not None
         chebyshev = _coefficients(*setting.laplacian_eigenvalues, len(setting.edges))

@@ -155,24 +155,32 @@ def _made(p: Any, n: int, seed: int) -> Problem:
 
     rng = generator(seed if p.seed is None else p.seed, "problem")
     if isinstance(p, ConsensusParameters):
-        values = rng.standard_normal((n, p.dim)) if p.values is None else np.asarray(p.values, dtype=np.float64)
-        _refuse_shape("values", values, (n,))
-        return Consensus(np.ascontiguousarray(values))
+        return Consensus(rng.standard_normal((n, p.dim)) if p.values is None else _rows("values", p.values, n))
     assert isinstance(p, QuadraticParameters)
     if p.centres is None and p.curvatures is None:
         return random_quadratic(n, p.dim, p.condition, p.heterogeneity, p.shape == "diagonal", rng)
     if p.centres is None:
         raise InputError("problem.centres: missing; given curvatures need given centres ([n][dim])")
-    centres = np.asarray(p.centres, dtype=np.float64)
-    _refuse_shape("centres", centres, (n,))
-    curvatures = np.ones_like(centres) if p.curvatures is None else np.asarray(p.curvatures, dtype=np.float64)
+    centres = _rows("centres", p.centres, n)
+    curvatures = np.ones_like(centres) if p.curvatures is None else _array("curvatures", p.curvatures)
     curvatures = np.repeat(curvatures[:, None], centres.shape[1], axis=1) if curvatures.ndim == 1 else curvatures
     return Quadratic(curvatures, centres)
 
 
-def _refuse_shape(name: str, values: np.ndarray, leading: tuple[int, ...]) -> None:
-    if values.ndim != 2 or values.shape[:1] != leading:
-        raise InputError(f"problem.{name}: shape {values.shape} given, [{leading[0]}][dim] needed (one row per node)")
+def _array(name: str, values: list[Any]) -> np.ndarray:
+    try:
+        return np.array(values, dtype=np.float64)
+    except ValueError:
+        raise InputError(
+            f"problem.{name}: its lists differ in length; one row per node of equal lengths needed"
+        ) from None
+
+
+def _rows(name: str, values: list[list[float]], n: int) -> np.ndarray:
+    array = _array(name, values)
+    if array.ndim != 2 or len(array) != n or not array.shape[1]:
+        raise InputError(f"problem.{name}: shape {array.shape} given, [{n}][dim] needed (one row per node)")
+    return array
 
 
 def _own(cls: Any, kind: str, section: dict[str, Any], n: int, seed: int, base: Path) -> Problem:

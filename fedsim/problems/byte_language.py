@@ -16,6 +16,7 @@ from fedsim.moe import corpus, model
 from fedsim.moe.model import Shape, Weights
 from fedsim.moe.selection import refuse_impossible
 from fedsim.moe.streams import ScoreFunc
+from fedsim.problems.parameters import Seed
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 
 Count = Annotated[int, Field(ge=1)]
@@ -57,7 +58,7 @@ class ByteLanguageParameters:
     num_expert_groups: Count = 1
     num_limited_groups: Count | None = None
     dtype: Literal["float32", "float64"] = "float32"
-    seed: int | None = None
+    seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> ByteLanguage:
         """Return the problem for n hosts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -145,16 +146,20 @@ class RecordsProblem(CompiledProblem):
         """Return where a node's records lie."""
         return slice(int(self.offsets[node]), int(self.offsets[node + 1]))
 
-    def spectra(self) -> NDArray[np.float64]:
-        """Return the extreme eigenvalues of `A_i'A_i / m_i` as `[n, 2]`: (least, largest), exact."""
-        found = np.zeros((self.n, 2))
+    def largest_eigenvalues(self) -> NDArray[np.float64]:
+        """Return the largest eigenvalue of `A_i'A_i / m_i` as `[n]`."""
+        found = np.zeros(self.n)
         for node in range(self.n):
             a = self.features[self.of(node)]
             m, d = a.shape
             gram = a.T @ a if d <= m else a @ a.T
-            values = np.linalg.eigvalsh(gram / m)
-            found[node] = (max(values[0], 0.0) if d <= m else 0.0), max(values[-1], 0.0)
+            found[node] = max(np.linalg.eigvalsh(gram / m)[-1], 0.0)
         return found
+
+    def slices(self) -> Iterator[slice]:
+        """Yield parts of all records that are small enough to be copied to another type."""
+        step = max(1, (1 << 22) // self.features.shape[1])
+        return (slice(begin, begin + step) for begin in range(0, len(self.labels), step))
 
     def record_weights(self) -> NDArray[np.float64]:
         """Return each record's share in `(1/n) sum_i f_i`, `[N]`."""

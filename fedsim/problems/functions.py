@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedsim.problems.black_box import BlackBox, Noise
 from fedsim.problems.data.draws import generator
+from fedsim.problems.parameters import Seed
 from fedsim.problems.problem import Nodes
 
 Count = Annotated[int, Field(ge=1)]
@@ -34,7 +35,7 @@ class SyntheticQuadraticParameters:
     dim: Count = 300
     heterogeneity: Weight = 5.0
     noise: Noise = 0.0
-    seed: int | None = None
+    seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> SyntheticQuadratic:
         """Return the problem for n clients."""
@@ -133,7 +134,7 @@ class TestFunctionParameters:
     shift: Weight = 0.05
     rotate: bool = True
     noise: Noise = 0.0
-    seed: int | None = None
+    seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> ShiftedFunction:
         """Return the problem for n clients."""

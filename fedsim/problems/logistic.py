@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,7 +64,7 @@ class Logistic(RecordsProblem):
             )
         super().__init__(data, data.signs, parts, l2, weights)
         self.dim = self.features.shape[1]
-        self.L = self.scale * (self.spectra()[:, 1] / 4 + l2)
+        self.L = self.scale * (self.largest_eigenvalues() / 4 + l2)
         self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
 
@@ -82,9 +83,11 @@ class Logistic(RecordsProblem):
         return self._found
 
     def _pooled_gradient(self, x: np.ndarray) -> np.ndarray:
-        margin = self.labels * (self.features @ x)
-        factor = -self.labels * self.record_weights() * 0.5 * (1 - np.tanh(0.5 * margin))
-        return self.features.T @ factor + self.l2 * float(np.mean(self.scale)) * x
+        g, weight = self.l2 * float(np.mean(self.scale)) * x, self.record_weights()
+        for part in self.slices():
+            a, y = self.features[part], self.labels[part]
+            g += a.T @ (-0.5 * weight[part] * y * (1 - np.tanh(0.5 * y * (a @ x))))
+        return g
 
     def _pooled_hessian(self, x: np.ndarray) -> np.ndarray:
         p = 0.5 * (1 + np.tanh(0.5 * self.labels * (self.features @ x)))
@@ -155,7 +158,7 @@ class Multinomial(RecordsProblem):
         super().__init__(data, np.asarray(data.labels, dtype=np.float64), parts, l2, weights)
         self.classes = int(self._ints[3])
         self.dim, self._scratch = self.classes * self.features.shape[1], self.classes
-        self.L = self.scale * (self.spectra()[:, 1] / 2 + l2)
+        self.L = self.scale * (self.largest_eigenvalues() / 2 + l2)
         self.mu = (self.scale * l2).astype(np.float64)
         self._found: torch.Tensor | None = None
 
@@ -173,19 +176,16 @@ class Multinomial(RecordsProblem):
             self._found = torch.from_numpy(minimise(self._pooled_gradient, self._pooled_product, self.dim))
         return self._found
 
-    def _pooled(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits = self.features @ x.reshape(self.classes, -1).T
-        logits -= logits.max(axis=1, keepdims=True)
-        p = np.exp(logits)
-        return p / p.sum(axis=1, keepdims=True), self.record_weights()[:, None]
-
     def _pooled_gradient(self, x: np.ndarray) -> np.ndarray:
-        p, weight = self._pooled(x)
-        p[np.arange(len(p)), self.labels.astype(int)] -= 1
-        return ((weight * p).T @ self.features).ravel() + self.l2 * float(np.mean(self.scale)) * x
+        g, weight = self.l2 * float(np.mean(self.scale)) * x, self.record_weights()[:, None]
+        for part in self.slices():
+            p = _probabilities(self.features[part], x, self.classes)
+            p[np.arange(len(p)), self.labels[part].astype(int)] -= 1
+            g += ((weight[part] * p).T @ self.features[part]).ravel()
+        return g
 
-    def _pooled_product(self, x: np.ndarray):
-        p, weight = self._pooled(x)
+    def _pooled_product(self, x: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        p, weight = _probabilities(self.features, x, self.classes), self.record_weights()[:, None]
         damping = self.l2 * float(np.mean(self.scale))
 
         def product(v: np.ndarray) -> np.ndarray:
@@ -194,3 +194,9 @@ class Multinomial(RecordsProblem):
             return ((weight * u).T @ self.features).ravel() + damping * v
 
         return product
+
+
+def _probabilities(features: np.ndarray, x: np.ndarray, classes: int) -> np.ndarray:
+    logits = features @ x.reshape(classes, -1).T
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)

@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 
 from fedsim.errors import RunError
 
-Vector = NDArray[np.float64]
+Vector = NDArray[Any]
 
 
 def minimise(gradient: Callable[[Vector], Vector], hessian: Callable[[Vector], Any], dim: int) -> Vector:
     """Return the minimiser of a smooth, strongly convex function, from 0.
 
+    The last step is taken on a gradient in extended precision (where the machine has it): along directions in which
+    f is flat, the rounding of an ordinary gradient would move the minimiser by as much as `1e-16 / mu`.
+
     Args:
-        gradient: `x -> grad f(x)`.
+        gradient: `x -> grad f(x)`, in the type of x.
         hessian: `x -> matrix [dim, dim]`, or `x -> (v -> H v)`.
 
     Raises:
@@ -46,7 +49,9 @@ def minimise(gradient: Callable[[Vector], Vector], hessian: Callable[[Vector], A
         raise RunError(
             f"the optimum was found to {best / first:.1e} of the first gradient only; is it ill-conditioned?"
         )
-    return x
+    g = gradient(x.astype(np.longdouble)).astype(np.float64)
+    norm = float(np.linalg.norm(g))
+    return x - _solve(hessian(x), g, norm) if norm > 0 else x
 
 
 def _solve(hessian: Any, g: Vector, norm: float) -> Vector:

@@ -63,4 +63,4 @@ class NonconvexLogistic(RecordsProblem):
             )
         super().__init__(data, data.signs, parts, penalty, weights)  # the tables hold it where others hold l2
         self.l2, self.penalty, self.dim = 0.0, float(penalty), self.features.shape[1]
-        self.L = self.scale * (self.spectra()[:, 1] / 4 + 2 * self.penalty)
+        self.L = self.scale * (self.largest_eigenvalues() / 4 + 2 * self.penalty)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Weights = Literal["uniform", "samples"]
 
 
@@ -80,10 +82,12 @@ class QuadraticParameters:
 
     Attributes:
         dim: length of x.
-        condition: eigenvalues of every `A_i` are spread from 1 to this, in a seeded random basis of each node.
+        condition: eigenvalues of every `A_i` are spread from 1 to this, in a seeded random basis of each node; with
+            dim 1 those of the nodes are.
         heterogeneity: standard deviation of the nodes' centres `b_i` around 0.
         shape: full, or diagonal (O(dim) data per node, for millions of nodes).
-        curvatures, centres: given instead: `curvatures [n]` or `[n][dim]` diagonals, `centres [n][dim]`.
+        curvatures, centres: given instead: `curvatures [n]`, `[n][dim]` diagonals or symmetric `[n][dim][dim]`,
+            `centres [n][dim]`.
     """
 
     needs_data: ClassVar[bool] = False
@@ -91,9 +95,9 @@ class QuadraticParameters:
     condition: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
     heterogeneity: Weight = 1.0
     shape: Literal["full", "diagonal"] = "full"
-    curvatures: list[float] | list[list[float]] | None = None
-    centres: list[list[float]] | None = None
-    seed: int | None = None
+    curvatures: list[Finite] | list[list[Finite]] | list[list[list[Finite]]] | None = None
+    centres: list[list[Finite]] | None = None
+    seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ class ConsensusParameters:
 
     needs_data: ClassVar[bool] = False
     dim: Count = 1
-    values: list[list[float]] | None = None
-    seed: int | None = None
+    values: list[list[Finite]] | None = None
+    seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -140,4 +144,4 @@ class ModuleParameters:
     l2: Weight = 0.0
     weights: Weights = "uniform"
     dtype: Literal["float64", "float32"] = "float64"
-    seed: int | None = None
+    seed: Seed | None = None

@@ -301,7 +301,8 @@ def _column(data: Data, name: str) -> NDArray[Any]:
         raise InputError(f"partition: data {data.name!r} has no column {name!r}{did_you_mean(name, data.columns)}; "
                          f"it has {listed}")  # fmt: skip
     values = data.columns[name]
-    missing = np.isnan(values) if values.dtype.kind == "f" else np.array([value is None for value in values])
+    empty = {"f": np.isnan, "M": np.isnat}.get(values.dtype.kind, lambda v: np.array([value is None for value in v]))
+    missing = empty(values)
     if missing.any():
         raise InputError(f"partition: column {name!r} of data {data.name!r} has {int(missing.sum())} missing value(s)")
     return values

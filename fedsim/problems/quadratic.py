@@ -50,7 +50,8 @@ class Quadratic(CompiledProblem):
         extremes: `[n, 2]` least and largest eigenvalue of each `A_i`, where they are known.
 
     Raises:
-        InputError: shapes that do not fit, or a curvature that is not positive definite.
+        InputError: shapes that do not fit, a number that is not finite, or a curvature that is not symmetric or not
+            positive definite.
     """
 
     kind = "quadratic"
@@ -66,6 +67,7 @@ class Quadratic(CompiledProblem):
         if curvature.shape not in ((self.n, self.dim), (self.n, self.dim, self.dim)):
             raise InputError(f"problem {self.kind}: curvatures {curvature.shape} and centres {centre.shape} do not fit")
         self.diagonal = curvature.ndim == 2
+        self._refuse_unusable(curvature, centre)
         self.records = np.zeros(self.n, dtype=np.int64)
         self._curvature, self._centre, self._scratch = curvature, centre, self.dim
         self._reals = np.concatenate([curvature.ravel(), centre.ravel()])
@@ -79,6 +81,16 @@ class Quadratic(CompiledProblem):
             raise InputError(
                 f"problem {self.kind}: node {node}'s curvature has the eigenvalue {least[node]:g}; > 0 needed"
             )
+
+    def _refuse_unusable(self, curvature: NDArray[np.float64], centre: NDArray[np.float64]) -> None:
+        for name, values in (("curvature", curvature), ("centre", centre)):
+            if not np.isfinite(values).all():
+                node = int(np.argmin(np.isfinite(values).reshape(self.n, -1).all(axis=1)))
+                raise InputError(f"problem {self.kind}: node {node}'s {name} holds NaN or infinity; numbers needed")
+        if not self.diagonal:
+            gap = np.abs(curvature - curvature.transpose(0, 2, 1)).max(axis=(1, 2))
+            if (gap > 1e-12 * np.abs(curvature).max(axis=(1, 2))).any():
+                raise InputError(f"problem {self.kind}: node {int(gap.argmax())}'s curvature is not symmetric")
 
     def optimum(self) -> torch.Tensor:
         """Return the solution of `sum_i A_i (x - b_i) = 0`."""
@@ -114,10 +126,13 @@ def random_quadratic(
 ) -> Quadratic:
     """Return quadratics with eigenvalues spread evenly in the logarithm from 1 to `condition` on every node.
 
-    Diagonal ones have them in a random order, full ones in a random orthonormal basis, of each node's own.
+    Diagonal ones have them in a random order, full ones in a random orthonormal basis, of each node's own. With
+    `dim = 1` the nodes' curvatures are spread so, in a random order.
     """
-    values = np.geomspace(1.0, condition, dim) if dim > 1 else np.array([condition])
     centre = heterogeneity * rng.standard_normal((n, dim))
+    if dim == 1:
+        return Quadratic(rng.permutation(np.geomspace(1.0, condition, n))[:, None], centre)
+    values = np.geomspace(1.0, condition, dim)
     extremes = np.repeat([[values[0], values[-1]]], n, axis=0)
     if diagonal:
         return Quadratic(rng.permuted(np.broadcast_to(values, (n, dim)).copy(), axis=1), centre, extremes)

@@ -15,6 +15,7 @@ from pydantic import Field
 from fedsim.errors import InputError, Unsupported
 from fedsim.moe.selection import Selected, refuse_impossible, select
 from fedsim.moe.streams import MOVING, ScoreFunc, Workload, offsets, recorded, to_scores
+from fedsim.problems.parameters import Seed
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 
 Count = Annotated[int, Field(ge=1)]
@@ -59,7 +60,7 @@ class RouterScoresParameters:
     num_limited_groups: Annotated[int, Field(ge=1)] | None = None
     route_norm: bool = False
     route_scale: Annotated[float, Field(gt=0)] = 1.0
-    seed: int | None = None
+    seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> RouterScores:
         """Return the problem for n hosts."""

@@ -1,9 +1,11 @@
 """Hold an algorithm or a problem of your own to the laws: `fedsim.testing.check(MyAlgorithm(eta=0.1))`.
 
 The laws are what makes one text give the same numbers on every engine: a row reads other rows through requests only,
-draws come from the streams that the engine hands over, answers are read-only. They are checked by play: in blocks of
-1, 2, 3, 7 and all rows, with different states of the global generators, in one go and interrupted. Problems are also
-held to their own words: the gradient is that of the loss, L and mu bound it, the optimum is one.
+control flow follows the round and shared values, draws come from the streams that the engine hands over, answers are
+read-only. They are checked by play: in blocks of 1, 2, 3, 7 and all rows that start far apart and differ in size, with
+different states of the global generators and none of one's own, in one go and interrupted. A breach that changes no
+bit in such a play is not seen. Problems are also held to their own words: the gradient is that of the loss, L and mu
+bound it, the optimum is one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.algorithms.algorithm import Algorithm, EventAlgorithm, SyncAlgorithm
-from fedsim.testing.report import Report, generators
+from fedsim.errors import InputError, RunError
+from fedsim.testing.report import Report, generators, no_own_generators
 
 if TYPE_CHECKING:
     from fedsim.algorithms.requests import Request
@@ -19,11 +22,17 @@ if TYPE_CHECKING:
 
 BLOCKS = (1, 2, 3, 7)
 State = dict[str, NDArray]
+Argument = torch.Tensor | dict[str, torch.Tensor]
 HINT = "; a row may read other rows through requests only, and its result may not depend on how many share a call"
 
 
 class _Play:
-    """Makes players of one algorithm on one problem, by the way that a scenario takes."""
+    """Makes players of one algorithm on one problem, by the way that a scenario takes.
+
+    Attributes:
+        apart: whether nodes start apart, rows of very different sizes; else all start at one point, where a row that
+            reads another would see itself.
+    """
 
     def __init__(self, algorithm: Algorithm, problem: Problem, topology: Topology | None, seed: int) -> None:
         import networkx as nx
@@ -36,6 +45,7 @@ class _Play:
         self.rounds = isinstance(algorithm, SyncAlgorithm)
         self._seed = seed
         self._shared: dict[str, Any] = {}
+        self.apart = True
 
     def player(self, **engine: Any) -> Player:
         from fedsim.prepare import prepare
@@ -43,7 +53,7 @@ class _Play:
 
         scenario = {
             "seed": self._seed,
-            "start": {"kind": "common_normal"},
+            "start": {"kind": "normal" if self.apart else "common_normal"},
             "schedule": {"kind": "rounds" if self.rounds else "poisson", "horizon": 1},
             "engine": engine,
         }
@@ -52,16 +62,40 @@ class _Play:
         made = prepared.player()
         if self.rounds:
             made._network = _Watched(made._network)  # pyright: ignore[reportAttributeAccessIssue]
-        made.start()
+        x0: Any = getattr(made, "_x0")  # noqa: B009 - as private as the network
+        if self.apart:
+            x0.mul_(torch.from_numpy(_sizes(len(self.nodes))[self.nodes]))
+        before = x0.clone()
+        with no_own_generators(), _one_law():
+            made.start()
+        if _bits(x0) != _bits(before):
+            raise AssertionError("start modified the points x0 that it was given; they are read-only")
         return made
 
     def states(self, length: int, **engine: Any) -> list[State]:
         """Play to `length`; return state, output and counts at the start and after every unit of it."""
         made, found = self.player(**engine), []
         for until in range(length + 1):
-            made.advance(until)
+            with no_own_generators(), _one_law():
+                made.advance(until)
             found.append(_state(made))
         return found
+
+
+def _sizes(n: int) -> NDArray[np.float64]:
+    """Return `[n, 1]` from 0.01 to 10, so that a condition on a block's rows comes out in more than one way."""
+    return 10.0 ** np.linspace(-2.0, 1.0, n)[np.random.default_rng(0).permutation(n), None]
+
+
+@contextmanager
+def _one_law() -> Iterator[None]:
+    """Say of blocks that ask for different things what it is: control flow that follows rows."""
+    try:
+        yield
+    except RunError as error:
+        if "blocks disagree" not in str(error):
+            raise
+        raise AssertionError(str(error)) from error
 
 
 def check_algorithm(
@@ -71,15 +105,18 @@ def check_algorithm(
     play = _Play(algorithm, problem, topology, seed)
     report = Report(f"algorithm {getattr(algorithm, 'kind', type(algorithm).__name__)} on {problem.kind}")
     with generators(1):
-        whole = play.states(length)
+        try:
+            whole = play.states(length)
+        except InputError:  # it may need a common start
+            play.apart = False
+            whole = play.states(length)
     if isinstance(algorithm, SyncAlgorithm):
         _check_blocks(play, whole, report, length)
         _check_states(play, report)
     elif isinstance(algorithm, EventAlgorithm):
         _check_functions(algorithm, problem, report, seed)
     else:
-        _same(play, whole, play.states(length, player="plain"), "by the plain loop than by the fast player")
-        report.held.append("the plain loop and the fast player give the same bits and counts")
+        _check_players(play, whole, report, length)
     with generators(2):
         _same(play, whole, play.states(length), "when the global random generators are in another state")
     report.held.append("the global random generators are neither used nor moved")
@@ -95,8 +132,30 @@ def _check_blocks(play: _Play, whole: list[State], report: Report, length: int) 
     for block in BLOCKS:
         how = f"in blocks of {block} rows than in one of all rows{HINT}"
         _same(play, whole, play.states(length, block=block), how)
+    if play.apart:  # from a common start some leave out an exchange
+        with _together(play):
+            _same(play, play.states(length), play.states(length, block=1), f"in blocks of 1 row{HINT}")
     report.held.append(f"blocks of {', '.join(map(str, BLOCKS))} and all rows give the same bits and counts")
     report.held.append("answers to requests are left unmodified")
+
+
+def _check_players(play: _Play, whole: list[State], report: Report, length: int) -> None:
+    how = "by the plain loop than by the fast player"
+    _same(play, whole, play.states(length, player="plain"), how)
+    if play.apart:
+        with _together(play):
+            _same(play, play.states(length), play.states(length, player="plain"), how)
+    report.held.append("the plain loop and the fast player give the same bits and counts")
+
+
+@contextmanager
+def _together(play: _Play) -> Iterator[None]:
+    """Have all nodes start at one point."""
+    play.apart = False
+    try:
+        yield
+    finally:
+        play.apart = True
 
 
 def _check_states(play: _Play, report: Report) -> None:
@@ -117,37 +176,58 @@ def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report
     """Hold each function of rows to its rows: any block gives the bits that all rows give together."""
     from fedsim.engine.streams import RoundDraws, Streams
 
-    nodes = np.arange(problem.n)
-    draws = RoundDraws(Streams(seed), nodes, 0)
-    v = {name: draws.normal(name, problem.dim).to(problem.dtype) for name in algorithm.variables}
-    g, other = (draws.normal(name, problem.dim).to(problem.dtype) for name in ("gradient", "message"))
+    draws = RoundDraws(Streams(seed), np.arange(problem.n), 0)
+    sizes = torch.from_numpy(_sizes(problem.n))
+
+    def rows(name: str) -> torch.Tensor:
+        return (sizes * draws.normal(name, problem.dim)).to(problem.dtype)
+
+    v = {name: rows(name) for name in algorithm.variables}
+    x0, g, other, mean = rows("start"), rows("gradient"), rows("message"), rows("mean")[:1]
     time, count = draws.uniform("elapsed", 1), draws.integers("count", 1, 100)
-    calls = {
-        "flow": lambda r: algorithm.flow(_rows(v, r), time[r]),
-        "point": lambda r: algorithm.point(_rows(v, r)),
-        "gradient": lambda r: algorithm.gradient(_rows(v, r), g[r], count[r]),
-        "message": lambda r: algorithm.message(_rows(v, r)),
-        "gossip": lambda r: algorithm.gossip(_rows(v, r), g[r], other[r]),
-        "output": lambda r: algorithm.output(_rows(v, r)),
+    calls: dict[str, tuple[Argument, ...]] = {
+        "start": (x0, g, mean),
+        "flow": (v, time),
+        "point": (v,),
+        "gradient": (v, g, count),
+        "message": (v,),
+        "gossip": (v, g, other),
+        "output": (v,),
     }
-    for name, call in calls.items():
-        whole = _named(call(slice(None)), name)
+    for name, arguments in calls.items():
+        whole = _called(algorithm, name, arguments, slice(None))
         for block in BLOCKS:
             for begin in range(0, problem.n, block):
-                rows = slice(begin, begin + block)
-                for part, value in _named(call(rows), name).items():
-                    if value.tobytes() != whole[part][rows].tobytes():
+                chosen = slice(begin, begin + block)
+                for part, value in _called(algorithm, name, arguments, chosen).items():
+                    if value.tobytes() != whole[part][chosen].tobytes():
                         raise AssertionError(f"{name}: {part} of node {begin} is different in blocks of {block}{HINT}")
-    report.held.append("flow, point, gradient, message, gossip and output give the same bits in any block of rows")
+    report.held.append(f"{', '.join(calls)} give the same bits in any block of rows, and leave their arguments alone")
 
 
-def _rows(v: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
-    return {name: value[rows].clone() for name, value in v.items()}
-
-
-def _named(value: torch.Tensor | dict[str, torch.Tensor], name: str) -> dict[str, NDArray]:
+def _called(
+    algorithm: EventAlgorithm, name: str, arguments: tuple[Argument, ...], rows: slice
+) -> dict[str, NDArray[Any]]:
+    """Return what a function says of some rows; refuse that it writes to what it is given."""
+    given = [_part(argument, rows) for argument in arguments]
+    tensors = [tensor for part in given for tensor in (part.values() if isinstance(part, dict) else [part])]
+    before = [_bits(tensor) for tensor in tensors]
+    with no_own_generators():
+        value = getattr(algorithm, name)(*given)
     parts = value if isinstance(value, dict) else {name: value}
-    return {part: tensor.detach().contiguous().numpy() for part, tensor in parts.items()}
+    found = {part: tensor.detach().contiguous().numpy().copy() for part, tensor in parts.items()}
+    if [_bits(tensor) for tensor in tensors] != before:
+        raise AssertionError(
+            f"{name} modified what it was given; state, sent values and answers are read-only, return new ones"
+        )
+    return found
+
+
+def _part(argument: Argument, rows: slice) -> Argument:
+    """Return copies of some rows; a single one (a mean) serves all."""
+    if isinstance(argument, dict):
+        return {name: value[rows].clone() for name, value in argument.items()}
+    return argument[rows].clone() if len(argument) > 1 else argument.clone()
 
 
 def _resumed(play: _Play, length: int) -> Player:
@@ -188,22 +268,38 @@ def _difference(name: str, one: NDArray, other: NDArray, nodes: NDArray[np.int64
 
 
 class _Watched:
-    """A network that notices answers that were written to: torch numbers the versions of every tensor."""
+    """A network that notices answers that were written to, whether by torch or behind its back."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
-        self._given: list[tuple[str, torch.Tensor, int]] = []
+        self._given: list[tuple[str, torch.Tensor | NDArray[Any], int, bytes]] = []
 
     def answer(self, requests: list[Request]) -> list[Any]:
         self.refuse_modified()
         answers = self._network.answer(requests)
-        tensors = [a if isinstance(a, torch.Tensor) else getattr(a, "values", None) for a in answers]
-        self._given = [(type(requests[0]).__name__, t, t._version) for t in tensors if torch.is_tensor(t)]
+        what = type(requests[0]).__name__
+        self._given = [(what, part, _version(part), _bits(part)) for each in answers for part in _parts(each)]
         return answers
 
     def refuse_modified(self) -> None:
-        for what, tensor, version in self._given:
-            if tensor._version != version:
+        for what, part, version, bits in self._given:
+            if (_version(part), _bits(part)) != (version, bits):
                 raise AssertionError(
                     f"the answer to {what} was modified in place; answers are read-only, other rows may share them"
                 )
+
+
+def _parts(answer: Any) -> list[torch.Tensor | NDArray[Any]]:
+    """Return the arrays of an answer."""
+    if isinstance(answer, torch.Tensor):
+        return [answer]
+    return [value for value in getattr(answer, "__dict__", {}).values() if isinstance(value, torch.Tensor | np.ndarray)]
+
+
+def _version(array: torch.Tensor | NDArray[Any]) -> int:
+    """Return how often torch wrote to a tensor."""
+    return array._version if isinstance(array, torch.Tensor) else 0
+
+
+def _bits(array: torch.Tensor | NDArray[Any]) -> bytes:
+    return (array.detach().cpu().contiguous().numpy() if isinstance(array, torch.Tensor) else array).tobytes()

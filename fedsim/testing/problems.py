@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -14,20 +15,27 @@ from fedsim.engine.sampling import draw
 from fedsim.engine.streams import Streams
 from fedsim.errors import Unsupported
 from fedsim.problems.problem import Minibatch, Problem, refuse_undeclared
-from fedsim.testing.report import Report, generators
+from fedsim.testing.report import Report, generators, no_own_generators
 
 BLOCKS = (1, 2, 3, 7)
 TIGHT = 1e-9  # relative: two ways to compute the same numbers
+POWER_STEPS = 30
 Rows = Callable[[NDArray[np.int64]], torch.Tensor]
 
 
 def check_problem(problem: Problem, seed: int) -> Report:
     """Check a problem; see `fedsim.testing.check`."""
     refuse_undeclared(problem)
+    with no_own_generators():
+        return _checked(problem, seed)
+
+
+def _checked(problem: Problem, seed: int) -> Report:
     subject = _Subject(problem, seed)
     report = Report(f"problem {problem.kind}: {problem.n} nodes, dim {problem.dim}")
     _refuse_writes(subject)
-    report.held.append("points that are handed in are left unmodified")
+    report.held.append("points, nodes and batches that are handed in are left unmodified")
+    _refuse_own_points_only(subject)
     with generators(1):
         before = {name: rows(subject.all).clone() for name, rows in subject.quantities().items()}
     with generators(2):
@@ -52,8 +60,13 @@ class _Subject:
         self.problem, self._streams = problem, Streams(seed)
         self.all = np.arange(problem.n, dtype=np.int64)
         self.x, self.y = self._normal("x"), self._normal("y")
-        self._rng = np.random.default_rng(seed)
+        self._rng = self._streams.shared("blocks", 0)
         self.gradients = self.gradient(self.all) if problem.has_gradient else torch.zeros_like(self.x)
+        if self.gradients.shape != self.x.shape or self.gradients.dtype != problem.dtype:
+            raise AssertionError(
+                f"the gradient has shape {tuple(self.gradients.shape)} and type {self.gradients.dtype};"
+                f" {tuple(self.x.shape)} and {problem.dtype} are needed (n, dim and dtype of the problem)"
+            )
         self.sampled = self._batch() if problem.records.min() > 0 else None
         self.has_dual = self._dual_exists()
 
@@ -66,7 +79,7 @@ class _Subject:
         return draw(Sampling(3), self._streams.seed, self.all, 0, self.problem.records)
 
     def _oracle(self, nodes: NDArray[np.int64]) -> BlockOracle:
-        return BlockOracle(self.problem, nodes, self._streams, Counts())
+        return BlockOracle(self.problem, nodes.copy(), self._streams, Counts())
 
     def gradient(self, nodes: NDArray[np.int64], x: torch.Tensor | None = None) -> torch.Tensor:
         return self._oracle(nodes).gradient((self.x if x is None else x)[torch.from_numpy(nodes)])
@@ -120,21 +133,42 @@ class _Subject:
 
 
 def _refuse_writes(s: _Subject) -> None:
-    calls: dict[str, Callable[[torch.Tensor], object]] = {
-        "values": lambda x: s.problem.values(x[:, None], s.all),
-        "loss": lambda x: s.problem.loss(x, s.all),
-        "prox": lambda x: s.problem.prox(x, 0.3),
-        "composite": s.problem.composite,
+    """Refuse that a call writes to the points, nodes or minibatch that it is given; others may still need them."""
+    calls: dict[str, Callable[[torch.Tensor, NDArray[np.int64], Minibatch | None], object]] = {
+        "values": lambda x, nodes, _: s.problem.values(x[:, None], nodes),
+        "loss": lambda x, nodes, _: s.problem.loss(x, nodes),
+        "prox": lambda x, _, __: s.problem.prox(x, 0.3),
+        "composite": lambda x, _, __: s.problem.composite(x),
     }
     if s.problem.has_gradient:
-        calls["gradient"] = lambda x: s.problem.gradient(x, s.all)
+        calls["gradient"] = lambda x, nodes, _: s.problem.gradient(x, nodes)
+        if s.sampled is not None:
+            calls["gradient of a minibatch"] = s.problem.gradient
     if s.has_dual:
-        calls["dual_gradient"] = lambda x: s.problem.dual_gradient(x, s.all)
+        calls["dual_gradient"] = lambda x, nodes, _: s.problem.dual_gradient(x, nodes)
     for name, call in calls.items():
-        given = s.x.clone()
-        call(given)
-        if not torch.equal(given, s.x):
-            raise AssertionError(f"{name} modified the point it was given; others may still need it")
+        x, nodes, batch = s.x.clone(), s.all.copy(), deepcopy(s.sampled)
+        call(x, nodes, batch)
+        arrays = {"the point": (x.numpy(), s.x.numpy()), "the node numbers": (nodes, s.all)}
+        if batch is not None and s.sampled is not None:
+            arrays["the minibatch"] = (batch.weights, s.sampled.weights)
+            arrays["the minibatch's records"] = (batch.indices, s.sampled.indices)
+        for what, (after, before) in arrays.items():
+            if not np.array_equal(after, before):
+                raise AssertionError(f"{name} modified {what} it was given; others may still need it")
+
+
+def _refuse_own_points_only(s: _Subject) -> None:
+    """Refuse a loss that a point shared by all nodes, `[1, dim]`, does not serve."""
+    x, what = s.x[:1].contiguous(), "the loss at a point that all nodes share, x [1, dim]"
+    own = s.problem.loss(x.expand(len(s.all), -1).contiguous(), s.all)
+    try:
+        shared = s.problem.loss(x, s.all)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise AssertionError(f"{what}: {error}") from error
+    if shared.shape != own.shape:
+        raise AssertionError(f"{what} has shape {tuple(shared.shape)}, {tuple(own.shape)} needed")
+    _close(f"{what} is another than at copies of it", shared, own, TIGHT, _sizes(own))
 
 
 def _same(name: str, got: torch.Tensor, expected: torch.Tensor, nodes: NDArray[np.int64], how: str) -> None:
@@ -183,7 +217,10 @@ def _all_records(s: _Subject) -> str | None:
     batch = Minibatch(np.where(used, place, 0), np.where(used, 1.0 / s.problem.records[:, None], 0.0))
     got = s.problem.gradient(s.x, s.all, batch)
     _close("a batch of all records is not the exact gradient", got, s.gradients, TIGHT, _sizes(s.gradients))
-    return "a batch of all records gives the exact gradient"
+    one = Minibatch(np.zeros((len(s.all), 1), np.int64), np.ones((len(s.all), 1)))
+    if s.problem.records.max() > 1 and torch.equal(s.problem.gradient(s.x, s.all, one), s.gradients):
+        raise AssertionError("the gradient on one record is the exact one on every node: `batch` seems to be ignored")
+    return "a batch of all records gives the exact gradient, one record another"
 
 
 def _compiled(s: _Subject) -> str | None:
@@ -202,19 +239,32 @@ def _compiled(s: _Subject) -> str | None:
 
 
 def _constants(s: _Subject) -> str | None:
+    """Look for the largest and the least curvature by power iteration on differences of gradients, around x."""
     if s.problem.L is None:
         return None
-    step = s.x - s.y
-    change = s.gradients - s.gradient(s.all, s.y)
+    L = torch.from_numpy(np.asarray(s.problem.L, dtype=np.float64))
+    mu = None if s.problem.mu is None else torch.from_numpy(np.asarray(s.problem.mu, dtype=np.float64))
+    size = (s.x - s.y).norm(dim=1, keepdim=True)
+    for towards_least in (False, True) if mu is not None else (False,):
+        step = s.x - s.y
+        for _ in range(POWER_STEPS):
+            change = s.gradients - s.gradient(s.all, s.x - step)
+            _refuse_change(step, change, L, mu)
+            ahead = L[:, None] * step - change if towards_least else change
+            norm = ahead.norm(dim=1, keepdim=True)
+            step = torch.where(norm > 0, ahead * (size / norm), step)
+    return "L and mu bound the change of the gradient, along the steepest and flattest directions found"
+
+
+def _refuse_change(step: torch.Tensor, change: torch.Tensor, L: torch.Tensor, mu: torch.Tensor | None) -> None:
     size = step.norm(dim=1)
-    over = change.norm(dim=1) / size / torch.from_numpy(np.asarray(s.problem.L))
+    over = change.norm(dim=1) / size / L
     if float(over.max()) > 1 + TIGHT:
         raise AssertionError(f"L of node {int(over.argmax())} is too small: its gradient changes {over.max():.6g} L")
-    if s.problem.mu is not None:
-        curvature = (change * step).sum(dim=1) / size**2 - torch.from_numpy(np.asarray(s.problem.mu))
-        if float((curvature / torch.from_numpy(np.asarray(s.problem.L))).min()) < -TIGHT:
+    if mu is not None:
+        curvature = (change * step).sum(dim=1) / size**2 - mu
+        if float((curvature / L).min()) < -TIGHT:
             raise AssertionError(f"mu of node {int(curvature.argmin())} is too large, by {-curvature.min():.3g}")
-    return "L and mu bound the change of the gradient between two points"
 
 
 def _optimum(s: _Subject) -> str | None:

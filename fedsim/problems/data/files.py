@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 TaskKey = Literal["auto", "regression", "classification"]
 
-MISSING = ["", "NaN", "nan", "NA", "N/A", "null"]
+MISSING = ["", "NaN", "nan", "NA", "N/A", "null", "?"]
 """Texts of a CSV cell that count as missing."""
 
 
@@ -106,8 +107,7 @@ def csv_columns(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def arrow_columns(table: pyarrow.Table) -> dict[str, NDArray[Any]]:
-    """Return an Arrow table's columns: int64, float64 (NaN where missing), or objects (None where missing)."""
-
+    """Return an Arrow table's columns: whole numbers, float64 (NaN where missing), or objects (None where missing)."""
     names = table.column_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -128,7 +128,7 @@ def _array(column: pyarrow.ChunkedArray) -> NDArray[Any]:
     if types.is_boolean(kind):
         column, kind = column.cast(pyarrow.int8()), pyarrow.int8()
     if types.is_integer(kind) and not column.null_count:
-        return column.to_numpy().astype(np.int64)
+        return column.to_numpy().astype(np.uint64 if types.is_uint64(kind) else np.int64)
     if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
         return column.cast(pyarrow.float64(), safe=False).to_numpy()
     if types.is_string(kind) or types.is_large_string(kind):
@@ -206,11 +206,22 @@ class Libsvm(FileSource):
         if self.dim is not None and self.dim < width:
             raise InputError(f"data.dim: {self.dim} is given, but {path} has index {max(indices)}")
         dim = self.dim or width
+        _refuse_larger_than_memory(len(labels), dim, path)
         X = np.zeros((len(labels), dim))
         X[rows, np.array(indices, dtype=np.int64) - first] = values
         y, task, classes = encode_labels(np.array(labels), path.name, "label", self.task)
         names = tuple(f"{j + first}" for j in range(dim))
         return checked(Data(X, y, {}, path.name, task, classes, names), self.constant)
+
+
+def _refuse_larger_than_memory(records: int, dim: int, path: Path) -> None:
+    """Refuse a dense matrix that the machine could not hold together with what is made of it."""
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        return
+    needed, there = 8 * records * dim, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there / 3:
+        raise InputError(f"data.file: {path} has {records} records of {dim} features, {needed / 2**30:.3g} GiB as a dense "
+                         f"matrix; this machine has {there / 2**30:.3g}; keep fewer features")  # fmt: skip
 
 
 def _libsvm_entries(path: Path) -> tuple[list[float], list[int], list[int], list[float]]:

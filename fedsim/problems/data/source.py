@@ -42,7 +42,7 @@ class Source(ABC):
     normalise: Normalise = "none"
     bias: bool = False
     held_out: Annotated[float, Ge(0), Lt(1)] = 0.0
-    held_out_seed: Annotated[int, Ge(0)] = 0
+    held_out_seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     target: Literal["given", "max"] = "given"
 
     @abstractmethod

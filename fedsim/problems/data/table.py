@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ Task = Literal["regression", "binary", "multiclass"]
 Normalise = Literal["none", "columns", "rows", "both"]
 Constant = Literal["refuse", "drop", "keep"]
 
+LARGEST = 1e100
 MAX_LEVELS = 1000
 """A text column with more distinct values than this is an identifier rather than a feature."""
 
@@ -107,8 +109,10 @@ def encode_labels(
     """Return (labels `[N]`, task, class names) of a label column; see `encode`."""
     if not len(values):
         raise InputError(f"data {name!r} has no records")
-    _refuse_missing(label, values, name)
     text = values.dtype.kind not in "fiub"
+    if text:
+        _refuse_other_than_text(label, values, name, "needed are numbers or text")
+    _refuse_missing(label, values, name, "fill them or remove those records")
     levels, numbers = np.unique(values, return_inverse=True)
     if task == "auto":
         task = _guess_task(text, levels, name, label)
@@ -143,14 +147,13 @@ def _check_names(columns: Mapping[str, Any], label: str, drop: Collection[str], 
 def _feature_block(
     key: str, values: NDArray[Any], name: str, missing_as_zeros: bool
 ) -> tuple[NDArray[np.float64], list[str]]:
+    remedy = f"fill them, remove those records, or drop the column (drop: [{key}])"
     if values.dtype.kind in "fiub":
-        _refuse_missing(key, values, name)
+        _refuse_missing(key, values, name, remedy)
         return values.astype(np.float64)[:, None], [key]
-    if values.dtype.kind != "O":
-        raise InputError(f"data {name!r}: column {key!r} holds {values.dtype}, neither numbers nor text; drop it "
-                         f"(drop: [{key}]) or convert it")  # fmt: skip
+    _refuse_other_than_text(key, values, name, f"drop it (drop: [{key}]) or convert it")
     if not missing_as_zeros:
-        _refuse_missing(key, values, name)
+        _refuse_missing(key, values, name, remedy)
     levels = sorted({value for value in values if value is not None})
     if len(levels) > MAX_LEVELS:
         raise InputError(f"data {name!r}: text column {key!r} holds {len(levels)} different values, too many for one "
@@ -160,7 +163,14 @@ def _feature_block(
     return (codes[:, None] == np.arange(len(levels))).astype(np.float64), [f"{key}={level}" for level in levels]
 
 
-def _refuse_missing(key: str, values: NDArray[Any], name: str) -> None:
+def _refuse_other_than_text(key: str, values: NDArray[Any], name: str, remedy: str) -> None:
+    odd = [type(v).__name__ for v in values if v is not None and not isinstance(v, str)][:1]
+    if values.dtype.kind != "O" or odd:
+        held = odd[0] if odd and values.dtype.kind == "O" else values.dtype
+        raise InputError(f"data {name!r}: column {key!r} holds {held}, neither numbers nor text in UTF-8; {remedy}")
+
+
+def _refuse_missing(key: str, values: NDArray[Any], name: str, remedy: str) -> None:
     if values.dtype.kind == "f":
         bad = ~np.isfinite(values)
     elif values.dtype.kind == "O":
@@ -171,15 +181,15 @@ def _refuse_missing(key: str, values: NDArray[Any], name: str) -> None:
         first = int(np.argmax(bad))
         what = "missing" if values.dtype.kind == "O" or np.isnan(values[first]) else "infinite"
         raise InputError(f"data {name!r}: column {key!r} has {int(bad.sum())} missing or infinite value(s), the first "
-                         f"({what}) in record {first}; fill them, remove those records, or drop the column "
-                         f"(drop: [{key}])")  # fmt: skip
+                         f"({what}) in record {first}; {remedy}")  # fmt: skip
 
 
 def checked(data: Data, constant: Constant = "refuse") -> Data:
     """Return `data` if it can be learned from; constant columns are refused, dropped or kept.
 
     Raises:
-        InputError: no records, NaN or infinity, a whole set of one class, constant columns where refused.
+        InputError: no records, NaN or infinity, numbers whose squares would be infinite, a whole set of one class,
+            constant columns where refused.
     """
     if not len(data) or not data.features.shape[1]:
         shape = " x ".join(map(str, data.features.shape))
@@ -189,6 +199,10 @@ def checked(data: Data, constant: Constant = "refuse") -> Data:
         record = int(np.argmax(bad.any(axis=1) | ~np.isfinite(data.labels)))
         raise InputError(f"data {data.name!r}: {int(bad.sum())} missing or infinite value(s), the first in record "
                          f"{record}; fill them or remove those records")  # fmt: skip
+    largest = max(float(np.abs(data.features).max()), float(np.abs(data.labels).max()))
+    if largest > LARGEST:
+        raise InputError(f"data {data.name!r}: a value of {largest:.2g}, whose square is out of range; give that column "
+                         "in larger units")  # fmt: skip
     if data.task != "regression" and len(np.unique(data.labels)) < 2:
         only = data.classes[int(data.labels[0])]
         raise InputError(f"data {data.name!r}: all {len(data)} records are of one class, {only!r}: nothing to learn")
@@ -199,7 +213,9 @@ def _without_constant(data: Data, constant: Constant) -> Data:
     varies = np.ptp(data.features, axis=0) > 0
     if varies.all():
         return data
-    if constant == "refuse" or not varies.any():
+    if not varies.any():
+        raise InputError(f"data {data.name!r}: no feature varies: nothing to learn from")
+    if constant == "refuse":
         names = [data.feature_names[j] for j in np.flatnonzero(~varies)]
         raise InputError(f"data {data.name!r}: the same value in every record of column(s) {_listed(names)}; say "
                          "constant: drop to leave them out (for an intercept there is bias: true), or "
@@ -212,11 +228,17 @@ def split_off(data: Data, share: float, seed: int) -> Data:
     """Return `data` without a random share of its records, which it then has as `held_out`.
 
     The records are those that scikit-learn's `train_test_split(test_size=share, random_state=seed)` takes.
+
+    Raises:
+        InputError: none are left, or all of one class.
     """
     from sklearn.model_selection import train_test_split
 
+    if math.ceil(share * len(data)) >= len(data):
+        raise InputError(f"data.held_out: {share:g} of the {len(data)} records of {data.name!r} are all of them")
     kept, other = train_test_split(np.arange(len(data)), test_size=share, random_state=seed)
-    return replace(_part(data, np.asarray(kept)), held_out=_part(data, np.asarray(other)))
+    rest = replace(_part(data, np.asarray(kept)), held_out=_part(data, np.asarray(other)))
+    return rest if data.vocabulary else checked(rest, "keep")
 
 
 def _part(data: Data, records: NDArray[np.int64]) -> Data:
@@ -228,11 +250,13 @@ def with_target(data: Data) -> Data:
     """Return `data` with its targets divided by the largest magnitude among them.
 
     Raises:
-        InputError: it has classes instead of targets.
+        InputError: it has classes instead of targets, or targets that are all 0.
     """
     if data.task != "regression":
         raise InputError(f"data {data.name!r}: target: max divides numbers, and its labels are classes")
     largest = np.abs(data.labels).max()
+    if not largest:
+        raise InputError(f"data {data.name!r}: target: max divides by the largest target, and all are 0")
     other = data.held_out
     held_out = None if other is None else replace(other, labels=other.labels / largest)
     return replace(data, labels=data.labels / largest, held_out=held_out)
