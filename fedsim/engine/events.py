@@ -234,9 +234,9 @@ class Events:
         dual = self._table is not None and self._table.dual
         message = self._problem.dim * self.state.v.itemsize
         costs = {name: np.zeros(len(own.time), np.int64) for name in NAMES}
-        costs["dual_gradients" if dual else "gradients"] = steps.astype(np.int64)
+        costs |= {"gradients": steps.astype(np.int64), "dual_gradients": 2 * dual * pairs}
         costs |= {"communications": pairs.astype(np.int64), "messages": 2 * pairs, "bytes": 2 * message * pairs}
-        if "samples" in self._budget.bounds and not dual:
+        if "samples" in self._budget.bounds:
             rows = own.a[steps]
             sizes = self._gradients.most_samples(rows) if bound else self._gradients.samples(rows, self._drawn(rows))
             costs["samples"][steps] = sizes
