@@ -57,8 +57,11 @@ class LocalNetwork:
         """Return each block's answer to its request; all blocks ask for the same thing.
 
         Raises:
-            RunError: they do not.
+            RunError: they do not, or a request does not fit its block.
         """
+        if isinstance(requests[0], Mix | Gather | Sum | Mean):
+            for request, rows in zip(requests, self._blocks, strict=True):
+                refuse_misfit(request, rows.stop - rows.start, self._layout.n)
         if len(requests) > 1:
             self._refuse_disagreement(requests)
         first = requests[0]
@@ -136,7 +139,10 @@ class LocalNetwork:
         total = global_sum(terms, self._layout)[None]
         self._charge_sum(requests, values, weight, mask, total)
         if mean:
-            total = total / self._mass(weight, mask, requests[0].rows)
+            mass = self._mass(weight, mask, requests[0].rows)
+            if mass == 0.0:
+                raise RunError(f"{describe(requests[0])}: no node takes part with a weight other than 0")
+            total = (total if total.is_floating_point() else total.double()) / mass
         return [total] * len(requests)
 
     def _mass(self, weight: torch.Tensor | None, mask: torch.Tensor | None, rows: NDArray[np.bool_] | None) -> float:
@@ -203,6 +209,29 @@ class LocalNetwork:
 def dense(v: torch.Tensor | Packet) -> torch.Tensor:
     """Return what everybody computes with: the rows themselves, or a packet's decoded rows."""
     return v if isinstance(v, torch.Tensor) else v.dense
+
+
+def refuse_misfit(request: Any, rows: int, n: int) -> None:
+    """Refuse what compiled code would read past the end of, or silently make something else of.
+
+    Raises:
+        RunError: says what was given and what is needed.
+    """
+    v, weight, mask = request.v, getattr(request, "weight", None), getattr(request, "rows", None)
+    given = v if isinstance(v, torch.Tensor) else getattr(v, "dense", None)
+    what = type(request).__name__
+    if given is None:
+        raise RunError(f"{what} of {type(v).__name__}: a torch tensor, or a packet, is needed")
+    if given.dim() != 2 or len(given) != rows:
+        raise RunError(f"{what} of shape {tuple(given.shape)}: [rows, dim] is needed, and this block has {rows} rows")
+    if what == "Mix" and given.dtype not in NUMPY:
+        raise RunError(f"Mix of {given.dtype}: float64 or float32 is needed; Sum and Gather take other types")
+    if weight is not None and tuple(weight.shape) != (rows,):
+        raise RunError(f"{what} with weights {tuple(weight.shape)}: one per row, ({rows},), is needed")
+    if weight is not None and not given.is_floating_point() and bool((weight != weight.to(given.dtype)).any()):
+        raise RunError(f"{what} of {given.dtype} with weights that are not whole numbers: give it floats, v.double()")
+    if mask is not None and (mask.dtype != np.bool_ or mask.shape != (n,)):
+        raise RunError(f"{what} with rows {mask.dtype} {mask.shape}: a boolean mask by node number, ({n},), is needed")
 
 
 def lengths(requests: list[Any], values: list[torch.Tensor]) -> NDArray[np.int64]:
