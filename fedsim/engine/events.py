@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -77,6 +78,10 @@ class Events:
         self._sampling, self._output, self._ends = sampling, output, setting.edges
         self._rates = np.asarray(rates, dtype=np.float64)
         self._table = algorithm.dynamics(setting) if isinstance(algorithm, DynamicsAlgorithm) else None
+        if self._table is not None and self._table.edge_scale is not None and len(self._table.edge_scale) != len(rates):
+            raise InputError(
+                f"Dynamics.edge_scale: {len(self._table.edge_scale)} given, one per edge, {len(rates)}, needed"
+            )
         self._flow = None if self._table is None else Flow.of(self._table.flow)
         self._row = np.full(layout.n, FOREIGN, np.int64)
         self._row[layout.nodes] = np.arange(layout.rows)
@@ -131,22 +136,37 @@ class Events:
         self.spent = self._budget.reached(self.counts)
 
     def _start_values(self) -> NDArray:
-        x0, table = self._x0, self._table
+        x0, table, takes = self._x0, self._table, self._start_takes()
         gradient = torch.zeros_like(x0)
         mean = gradient[:1]
-        if table is None or table.start[:, 1:].any():
-            rows = np.arange(len(x0))
-            gradient = self._gradients.exact(rows, x0)
-        if table is None or table.start[:, 2].any():
+        if takes:
+            gradient = self._gradients.exact(np.arange(len(x0)), x0)
+        if "mean_gradient" in takes:
             mean = self._mean(gradient)
         if table is None:
             assert isinstance(self._algorithm, EventAlgorithm)
-            first = self._algorithm.start(x0, gradient, mean)
+            given = {"gradient": gradient, "mean_gradient": mean}
+            first = self._algorithm.start(x0, **{name: given[name] for name in takes})
             return torch.stack([first[name].expand_as(x0) for name in self._algorithm.variables], dim=1).numpy()
         v = np.empty((len(x0), table.k, x0.shape[1]), x0.numpy().dtype)
         for a, weights in enumerate(table.start):
             v[:, a] = sum(w * term.numpy() for w, term in zip(weights, (x0, gradient, mean), strict=True) if w != 0.0)
         return v
+
+    def _start_takes(self) -> list[str]:
+        """Return which gradients the start takes: only these are computed, and charged."""
+        names = ["gradient", "mean_gradient"]
+        if self._table is not None:
+            return [name for column, name in enumerate(names, start=1) if self._table.start[:, column].any()]
+        assert isinstance(self._algorithm, EventAlgorithm)
+        taken = list(signature(self._algorithm.start).parameters)[1:]
+        for name in taken:
+            if name not in names:
+                who = type(self._algorithm).__name__
+                raise InputError(
+                    f"{who}.start: parameter {name!r} is unknown; after x0 it may take {names[0]}, {names[1]}"
+                )
+        return taken
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean over all nodes `[1, dim]`; charged as a sum: every node sends one row and receives one."""
