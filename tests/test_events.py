@@ -131,7 +131,7 @@ def test_counts_are_what_happened():
     run = events(three_variables(), random_squares(7, 5), ring(7))
     start = 7 * 2  # the start takes a mean: every node sends one row and receives one
     assert run.counts.as_dict() | {"gradients": 7, "samples": 28, "communications": start, "bytes": start * 40,
-        "messages": start, "exchanges": 2} == run.counts.as_dict()  # fmt: skip
+        "messages": start, "bytes_up": 280, "bytes_down": 280, "exchanges": 2} == run.counts.as_dict()  # fmt: skip
     run.advance(10)
     gradients, exchanges = run.counts.gradients - 7, run.counts.communications - start
     assert gradients + exchanges == run.events

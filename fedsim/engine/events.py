@@ -170,11 +170,9 @@ class Events:
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean over all nodes `[1, dim]`; charged as a sum: every node sends one row and receives one."""
-        rows, counts = self._layout.rows, self.counts
-        counts.communications += 2 * rows
-        counts.messages += 2 * rows
-        counts.bytes += 2 * rows * gradient.shape[1] * gradient.element_size()
-        counts.exchanges += 2
+        rows = self._layout.rows
+        self.counts.charge_sum(rows, rows, gradient.nbytes, gradient.nbytes)
+        self.counts.exchanges += 2
         return (total(gradient, self._layout) / self._layout.n)[None]
 
     def _make_player(self) -> Callable[[Batch], int]:

@@ -188,11 +188,7 @@ class LocalNetwork:
         up, down = int(sending.sum()), int(taking_part.sum())
         size_up = int(lengths(requests, [dense(r.v) for r in requests])[sending].sum())
         size_down = down * total.numel() * total.element_size()
-        self._counts.communications += up + down
-        self._counts.messages += up + down
-        self._counts.bytes += size_up + size_down
-        self._counts.bytes_up += size_up
-        self._counts.bytes_down += size_down
+        self._counts.charge_sum(up, down, size_up, size_down)
         if self._layout.rank == 0:  # counts are added up over ranks
             self._counts.exchanges += 2
 
