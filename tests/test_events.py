@@ -320,6 +320,18 @@ def test_a_nonlinear_algorithm_that_is_linear_equals_its_table():
     assert isinstance(by_table._algorithm, Table)
 
 
+def test_the_clocks_go_on_after_a_trace():
+    """After a trace that ends at time 5, the next events are those that the clocks have after 5."""
+    run, twin = (events(three_variables(), random_squares(7, 5), ring(7)) for _ in range(2))
+    run.play(np.array([0]), np.array([3]), np.array([0]), np.array([5.0]))
+    twin.advance(5)
+    before = twin.events
+    for player in (run, twin):
+        player.advance(6)
+    assert run.events - 1 == twin.events - before
+    assert (run.state.last[twin.state.last > 5] == twin.state.last[twin.state.last > 5]).all()
+
+
 def test_unknown_edges_and_times_that_go_back_are_refused_in_traces():
     """A trace must use the topology's edges, in order of time."""
     run = events(three_variables(), random_squares(7, 5), ring(7))

@@ -269,7 +269,7 @@ class Events:
         return drawn
 
     def play(self, kind: Ints, a: Ints, b: Ints, time: Reals) -> None:
-        """Play a recorded trace instead of the clocks: one entry per event, in order of time.
+        """Play a recorded trace instead of the clocks, which go on after it: one entry per event, in order of time.
 
         Args:
             kind: 0 a gradient of node `a` (`b` is not looked at), 1 an exchange between nodes `a` and `b`.
@@ -285,6 +285,7 @@ class Events:
             raise InputError(f"trace: event {place} at time {times[place]:g} is earlier than what was played before it")
         self._play(self._batch(np.asarray(kind), np.asarray(a), np.asarray(b), times))
         self._now = float(times[-1]) if len(times) else self._now
+        self._clocks.until(self._now)
 
     def _batch(self, kind: Ints, a: Ints, b: Ints, time: Reals) -> Batch:
         """Return a trace in rows and edge numbers."""
