@@ -19,7 +19,7 @@ from fedsim.algorithms.algorithm import Sampling
 from fedsim.algorithms.continuized import Continuized
 from fedsim.algorithms.dadao import DADAO
 from fedsim.algorithms.gossip import AcceleratedGossip, RandomisedGossip
-from fedsim.algorithms.msda import MSDA
+from fedsim.algorithms.msda import MSDA, _coefficients
 from fedsim.engine.flow import Flow
 from fedsim.engine.layout import Layout
 from fedsim.engine.rounds import Rounds
@@ -192,6 +192,21 @@ def test_dadaos_constants_are_those_of_the_published_trace():
     assert (p.gamma, p.gamma_t) == (pytest.approx(0.05449690322801), pytest.approx(0.32094351354792))
 
 
+def test_dadaos_constants_follow_from_a_given_nu():
+    """With nu given, every constant that is left is what its printed formula says for that nu."""
+    where = setting(GRAPHS["path3"], scale=0.5)
+    nu, L, c, chi1 = 0.3, 4.0, 2.0, where.chi1
+    values = {k.name: k for k in DADAO(nu=nu, gamma=0.02).resolve(where).constants(where)}
+    root = math.sqrt(nu / L)
+    expected = {"eta": root / (8 * c), "alpha": root / (4 * c), "theta": 1 / (2 * c * root), "delta": root / (4 * c)}
+    expected |= {"gamma_t": 1 / (4 * c * math.sqrt(nu * L)), "beta_t": 2 * chi1 / root / c}
+    for name, value in expected.items():
+        assert values[name].value == pytest.approx(value, rel=1e-12)
+        assert values[name].formula != "given"
+    assert [name for name in ("nu", "gamma") if values[name].formula == "given"] == ["nu", "gamma"]
+    assert DADAO(nu=nu).resolve(where).guarantee(where).broken == ("given instead of derived: nu",)
+
+
 def test_dadaos_guarantee_says_which_hypothesis_is_broken():
     """Another start, stochastic gradients or a constant of one's own turn the bound into a slope, by name."""
     where = setting(GRAPHS["path3"])
@@ -319,6 +334,17 @@ def test_adom_plus_reproduces_the_published_trace(multi, errors, mixings):
         assert error(where, made) == pytest.approx(expected, rel=1e-8)
     assert made.counts.communications == 500 * mixings * 3
     assert made.counts.gradients == 500 * 4
+
+
+@pytest.mark.parametrize("side", [2, 5, 12, 45])
+def test_msdas_inner_steps_do_not_hang_on_rounding(side):
+    """On a star of K^2 nodes, where `1/sqrt(g)` is K, MSDA takes K inner steps, on either side of the last digit."""
+    for least in (1 - 1e-15, 1.0, 1 + 1e-8):
+        for largest in (side**2 * (1 - 1e-15), side**2 * (1 + 1e-15)):
+            steps = _coefficients(least, largest, side**2 - 1).K
+            assert steps == side
+    steps = _coefficients(1.0, side**2 - 0.01, side**2 - 1).K
+    assert steps == side - 1
 
 
 def test_adom_plus_conserves_the_sum_of_z():

@@ -39,6 +39,21 @@ def test_events_end_at_the_last_one_that_a_bound_allows(tmp_path, count, bound, 
     assert result.facts["stopped_by"] == exact[int(last[count] < bound)]
 
 
+@pytest.mark.parametrize("player", ["waves", "plain"])
+def test_exchanges_of_dual_gradients_end_at_the_last_one_that_a_bound_allows(tmp_path, player):
+    """An event of Continuized costs two dual gradients: a bound of 101 leaves 50 events."""
+    scenario = {
+        "topology": {"kind": "ring", "n": 6},
+        "problem": {"kind": "quadratic", "dim": 3},
+        "algorithm": {"kind": "continuized"},
+        "schedule": {"horizon": 1000},
+        "engine": {"player": player},
+    }
+    result, last = played(scenario, tmp_path, dual_gradients=101)
+    assert (last["dual_gradients"], last["communications"]) == (100, 50)
+    assert result.facts["stopped_by"] == "dual_gradients: more would pass 101"
+
+
 @pytest.mark.parametrize("kind", ["with_replacement", "epoch", "poisson"])
 @pytest.mark.parametrize("base", [EVENTS, FUNCTIONS])
 def test_samples_are_counted_as_they_are_drawn(tmp_path, base, kind):

@@ -12,7 +12,7 @@ from fedsim.algorithms.continuized import Continuized
 from fedsim.algorithms.dadao import DADAO
 from fedsim.engine.events import Events
 from fedsim.engine.layout import Layout
-from fedsim.errors import Diverged, InputError
+from fedsim.errors import Diverged, InputError, RunError
 from fedsim.setting import RunSetting
 from fedsim.topology.topology import Topology
 
@@ -131,7 +131,7 @@ def test_counts_are_what_happened():
     run = events(three_variables(), random_squares(7, 5), ring(7))
     start = 7 * 2  # the start takes a mean: every node sends one row and receives one
     assert run.counts.as_dict() | {"gradients": 7, "samples": 28, "communications": start, "bytes": start * 40,
-        "messages": start, "exchanges": 2} == run.counts.as_dict()  # fmt: skip
+        "messages": start, "bytes_up": 280, "bytes_down": 280, "exchanges": 2} == run.counts.as_dict()  # fmt: skip
     run.advance(10)
     gradients, exchanges = run.counts.gradients - 7, run.counts.communications - start
     assert gradients + exchanges == run.events
@@ -204,7 +204,7 @@ class ClippedMomentum(EventAlgorithm):
     kind, paper, provenance = "clipped momentum", "none", "reconstruction"
     variables = ("x", "b")
 
-    def start(self, x0, gradient, mean_gradient):
+    def start(self, x0):
         return {"x": x0, "b": torch.zeros_like(x0)}
 
     def gradient(self, v, g, count):
@@ -234,6 +234,63 @@ def test_a_nonlinear_algorithm_is_played_and_converges():
     assert distance[2] < 0.02 * distance[0]
 
 
+def functions(algorithm, problem, topology, seed=1) -> Events:
+    """A started player of functions of rows, from ones."""
+    rates, layout = np.full(topology.m, 1.5), Layout(topology)
+    x0 = torch.ones((problem.n, problem.dim), dtype=torch.float64)
+    run = Events(algorithm, RunSetting(problem, topology, rates), problem, layout, rates, x0, seed)
+    run.start()
+    return run
+
+
+def test_a_start_costs_the_gradients_that_it_takes():
+    """An algorithm of functions pays for gradients, and for their mean, only where its start has such a parameter."""
+
+    class WithGradient(ClippedMomentum):
+        def start(self, x0, gradient):
+            return {"x": x0 - gradient, "b": gradient}
+
+    class WithMean(ClippedMomentum):
+        def start(self, x0, mean_gradient):
+            return {"x": x0 - mean_gradient, "b": x0}
+
+    class WithWhat(ClippedMomentum):
+        def start(self, x0, g):
+            return {"x": x0, "b": g}
+
+    problem, topology = random_squares(7, 5), ring(7)
+    for algorithm, gradients, communications in ((ClippedMomentum, 0, 0), (WithGradient, 7, 0), (WithMean, 7, 14)):
+        counts = functions(algorithm(), problem, topology).counts
+        assert (counts.gradients, counts.samples, counts.communications) == (gradients, 4 * gradients, communications)
+    with pytest.raises(InputError, match=r"WithWhat.start: parameter 'g' is unknown; .* gradient, mean_gradient"):
+        functions(WithWhat(), problem, topology)
+
+
+def test_messages_that_are_not_charged_are_refused():
+    """What is charged is dim numbers: a message of more is refused."""
+
+    class Talkative(ClippedMomentum):
+        def message(self, v):
+            return torch.cat([v["x"], v["b"]], dim=1)
+
+    run = functions(Talkative(), random_squares(7, 5), ring(7))
+    with pytest.raises(RunError, match=r"Talkative.message of one node: shape \(1, 10\), \(1, 5\) needed"):
+        run.advance(5)
+
+
+def test_tables_whose_columns_do_not_fit_are_refused():
+    """A scale for other edges than the topology's would be read past its end; halves of a pair would be ignored."""
+    jump, problem = np.array([0, -0.1, 0.05]), random_squares(7, 5)
+    with pytest.raises(InputError, match="edge_scale: 6 given, one per edge, 7, needed"):
+        events(three_variables(edge_jump=jump, edge_scale=np.ones(6)), problem, ring(7))
+    with pytest.raises(InputError, match="edge_jump and edge_scale go together"):
+        three_variables(edge_jump=jump)
+    with pytest.raises(InputError, match="with dual the message is the dual gradient"):
+        three_variables(dual=True)
+    with pytest.raises(InputError, match=r"decay: \(0, 1\) given"):
+        three_variables(decay=(0, 1))
+
+
 def test_a_nonlinear_algorithm_that_is_linear_equals_its_table():
     """Gossip SGD written as functions of rows gives the bits of gossip SGD written as a table."""
     from fedsim.algorithms.dynamics import Dynamics
@@ -241,7 +298,7 @@ def test_a_nonlinear_algorithm_that_is_linear_equals_its_table():
     class GossipSGD(ClippedMomentum):
         variables = ("x",)
 
-        def start(self, x0, gradient, mean_gradient):
+        def start(self, x0):
             return {"x": x0}
 
         def gradient(self, v, g, count):
@@ -261,6 +318,18 @@ def test_a_nonlinear_algorithm_that_is_linear_equals_its_table():
         run.advance(10)
     assert np.array_equal(by_table.state.v, by_rows.state.v)
     assert isinstance(by_table._algorithm, Table)
+
+
+def test_the_clocks_go_on_after_a_trace():
+    """After a trace that ends at time 5, the next events are those that the clocks have after 5."""
+    run, twin = (events(three_variables(), random_squares(7, 5), ring(7)) for _ in range(2))
+    run.play(np.array([0]), np.array([3]), np.array([0]), np.array([5.0]))
+    twin.advance(5)
+    before = twin.events
+    for player in (run, twin):
+        player.advance(6)
+    assert run.events - 1 == twin.events - before
+    assert (run.state.last[twin.state.last > 5] == twin.state.last[twin.state.last > 5]).all()
 
 
 def test_unknown_edges_and_times_that_go_back_are_refused_in_traces():

@@ -151,6 +151,38 @@ def test_whatever_blocks_disagree_on_is_named(make, words):
         Case().ask(make)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x, nodes: Mix(x[:1]), r"Mix of shape \(1, 4\): \[rows, dim\] is needed, and this block has 3 rows"),
+        (lambda x, nodes: Mix(x[:, :, None]), r"Mix of shape \(3, 4, 1\): \[rows, dim\] is needed"),
+        (lambda x, nodes: Sum(x[:, 0]), r"Sum of shape \(3,\): \[rows, dim\] is needed"),
+        (lambda x, nodes: Gather(x[:2]), r"Gather of shape \(2, 4\): .* this block has 3 rows"),
+        (lambda x, nodes: Mix(x.long()), "Mix of torch.int64: float64 or float32 is needed"),
+        (lambda x, nodes: Mix(x.numpy()), "Mix of ndarray: a torch tensor, or a packet, is needed"),
+        (lambda x, nodes: Mean(x, weight=x[:, :1]), r"Mean with weights \(3, 1\): one per row, \(3,\), is needed"),
+        (lambda x, nodes: Sum(x.long(), weight=x[:, 0]), "Sum of torch.int64 with weights that are not whole numbers"),
+        (lambda x, nodes: Sum(x, rows=nodes < 3), r"Sum with rows bool \(3,\): a boolean mask by node number, \(7,\)"),
+        (lambda x, nodes: Sum(x, rows=np.arange(N)), r"Sum with rows int64 \(7,\): a boolean mask"),
+        (lambda x, nodes: Mean(x, rows=np.zeros(N, bool)), r"Mean of \(4,\) .*: no node takes part"),
+        (lambda x, nodes: Mean(x, weight=0 * x[:, 0]), r"Mean of \(4,\) .*: no node takes part"),
+    ],
+)  # fmt: skip
+def test_requests_that_do_not_fit_are_refused(make, words):
+    """Rows, types, weights and masks that compiled code would misread are refused: what was given, what is needed."""
+    with pytest.raises(RunError, match=words):
+        Case().ask(make)
+
+
+def test_means_of_integers_keep_their_digits():
+    """A mean of integers is float64: 2^40 + 1 is not rounded to single precision."""
+    case = Case()
+    case.x = torch.full((N, DIM), 2**40 + 1)
+    mean = case.ask(lambda x, nodes: Mean(x))[0]
+    assert mean.dtype == torch.float64
+    assert mean[0].tolist() == [2.0**40 + 1] * DIM
+
+
 def _oracle(nodes) -> BlockOracle:
     return BlockOracle(quadratic(N, DIM), np.asarray(nodes), Streams(0), Counts())
 

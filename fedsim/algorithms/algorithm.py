@@ -284,9 +284,12 @@ class EventAlgorithm(Algorithm):
     variables: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def start(
-        self, x0: torch.Tensor, gradient: torch.Tensor, mean_gradient: torch.Tensor
-    ) -> dict[str, torch.Tensor]: ...
+    def start(self, x0: torch.Tensor, gradient: torch.Tensor, mean_gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the first values from `x0`, `grad f_i(x0)` `[rows, dim]` and its mean over nodes `[1, dim]`.
+
+        A `start(self, x0)` takes no gradients, and a `start(self, x0, gradient)` no mean: what is not a parameter is
+        neither computed nor charged.
+        """
 
     def flow(self, v: dict[str, torch.Tensor], elapsed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state `elapsed [rows, 1]` units of time later."""
@@ -302,7 +305,7 @@ class EventAlgorithm(Algorithm):
 
     @abstractmethod
     def message(self, v: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return what is sent, `[rows, dim]`."""
+        """Return what is sent, `[rows, dim]`: dim numbers, as they are charged."""
 
     @abstractmethod
     def gossip(self, v: dict[str, torch.Tensor], own: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:

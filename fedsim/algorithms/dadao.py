@@ -44,7 +44,7 @@ class DADAO(DynamicsAlgorithm):
         alpha = delta         = sqrt(nu/L)/(4c)      gamma_t = 1/(4c sqrt(nu L)) beta_t = 2 chi1 sqrt(L/nu)/c
         theta                 = sqrt(L/nu)/(2c)      delta_t = 1
 
-    Every one of them can be given as a number instead of `auto`.
+    Every one of them can be given as a number instead of `auto`; those that are left follow from the nu that is given.
 
     Attributes:
         init: `theorem4`: `xt = x`, `y = yt = grad f_i(x0) - nu x0`, `z = zt = -(y - mean y)`, which needs a
@@ -99,9 +99,7 @@ class DADAO(DynamicsAlgorithm):
         if not missing:
             return replace(self, init=init)
         setting.require("dadao", "L", "mu", "rates")
-        values = theory(setting)
-        if self.nu != "auto":
-            values["nu"] = float(self.nu)
+        values = theory(setting, self.nu)
         return replace(self, init=init, **{name: values[name] for name in missing})
 
     def dynamics(self, setting: Setting) -> Dynamics:
@@ -141,7 +139,8 @@ class DADAO(DynamicsAlgorithm):
         return head + tuple(Constant(n, float(getattr(self, n)), self._formula(n, setting)) for n in names)
 
     def _formula(self, name: str, setting: Setting) -> str:
-        given = setting.L is None or not setting.mu or getattr(self, name) != theory(setting)[name]
+        nu = "auto" if name == "nu" else self.nu
+        given = setting.L is None or not setting.mu or getattr(self, name) != theory(setting, nu)[name]
         return "given" if given else FORMULAS[name]
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
@@ -181,11 +180,11 @@ def slowdown(setting: Setting) -> float:
     return max(1.0, math.sqrt(2 * setting.chi1 * setting.chi2))
 
 
-def theory(setting: Setting) -> dict[str, float]:
-    """Return the constants of `FORMULAS` for this setting (L and mu > 0 known)."""
+def theory(setting: Setting, nu: float | Literal["auto"] = "auto") -> dict[str, float]:
+    """Return the constants of `FORMULAS` for this setting (L and mu > 0 known), for a given nu if it is a number."""
     assert setting.L is not None
     assert setting.mu
-    L, nu, c = setting.L, setting.mu / 2, slowdown(setting)
+    L, nu, c = setting.L, setting.mu / 2 if nu == "auto" else float(nu), slowdown(setting)
     root = math.sqrt(nu / L)
     return {
         "nu": nu,

@@ -30,12 +30,14 @@ class Dynamics:
         gradient_map: `[k, k]` or None: `v <- gradient_map v` before the gradient jump is added (momentum).
         decay: a gradient event's jump is multiplied by `(1 + count / decay[0]) ** -decay[1]`, with `count` the
             node's gradients so far; None: constant.
-        message_gradient: float: `m = message . v + message_gradient * grad f_i^*(...)` when `dual` is set.
         dual: True: the gradient inside message and output is the dual oracle `grad f_i^*(point . v)` (Continuized):
             then `message` is 0, `m = grad f_i^*(point . v)`, and the answer is `grad f_i^*(output . v)`.
-        edge_scale: `[m]` per edge, or None; `edge_scale[e] * edge_jump (x) (m_i - m_j)` is added to the jump.
-        edge_jump: `[k]` or None.
+        edge_jump: `[k]` or None. edge_scale: `[m]` per edge, or None, as that is;
+            `edge_scale[e] * edge_jump (x) (m_i - m_j)` is added to the jump.
         node_clocks: False: nodes have no gradient clocks of their own (Continuized).
+
+    Raises:
+        InputError: an array of another shape, or columns that do not go together.
     """
 
     variables: tuple[str, ...]
@@ -59,6 +61,7 @@ class Dynamics:
         for name, shape in {
             "flow": (k, k), "point": (k,), "residual": (k,), "gradient_jump": (k,), "message": (k,),
             "gossip_jump": (k,), "start": (k, 3), "output": (k,), "gradient_map": (k, k), "edge_jump": (k,),
+            "edge_scale": (0 if self.edge_scale is None else np.size(self.edge_scale),),
         }.items():  # fmt: skip
             given = getattr(self, name)
             if given is None:
@@ -69,6 +72,15 @@ class Dynamics:
             if not np.isfinite(array).all():
                 raise InputError(f"Dynamics.{name}: not finite: {array}")
             object.__setattr__(self, name, array)
+        self._refuse_misfits()
+
+    def _refuse_misfits(self) -> None:
+        if (self.edge_jump is None) != (self.edge_scale is None):
+            raise InputError("Dynamics: edge_jump and edge_scale go together; give both, or neither")
+        if self.dual and self.message.any():
+            raise InputError("Dynamics.message: with dual the message is the dual gradient; give zeros")
+        if self.decay is not None and not (self.decay[0] > 0 and np.isfinite(self.decay).all()):
+            raise InputError(f"Dynamics.decay: {self.decay} given; (after, power) with after > 0 needed")
 
     @property
     def k(self) -> int:

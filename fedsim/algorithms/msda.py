@@ -117,5 +117,5 @@ def _coefficients(smallest: float, largest: float, edges: int) -> Chebyshev:
     if g > 1 - 1e-12:
         return Chebyshev(edges, 1, math.inf, edges / largest, 0.0)
     root = math.sqrt(g)
-    K = math.floor(1 / root)
+    K = math.floor((1 + 1e-7) / root)  # of stars of n = K^2 nodes g is 1/K^2, known to some 1e-8
     return Chebyshev(edges, K, (1 + g) / (1 - g), 2 * edges / ((1 + g) * largest), ((1 - root) / (1 + root)) ** K)

@@ -83,7 +83,8 @@ class Gathered:
 class Sum(Request):
     """`sum_i weight_i v_i` over nodes in the fixed tree: `[1, dim]`, dtype kept, the same on every node.
 
-    `weight`: None, or one number per row `[rows]`; a one-hot weight is a broadcast.
+    `weight`: None, or one number per row `[rows]` (whole numbers where v holds integers); a one-hot weight is a
+    broadcast.
     `rows`: None, or a boolean mask `[n]` by node number, from a shared draw (partial participation): nodes
     outside it send nothing and are not charged.
     """
@@ -95,7 +96,10 @@ class Sum(Request):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Request):
-    """`Sum` divided by the number of (participating) nodes, or by the sum of the weights where given."""
+    """`Sum` divided by the number of (participating) nodes, or by the sum of the weights where given.
+
+    The mean of integers is float64.
+    """
 
     v: torch.Tensor | Packet
     weight: torch.Tensor | None = None

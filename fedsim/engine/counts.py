@@ -30,6 +30,14 @@ class Counts:
     exchanges: int = 0
     queries: int = 0
 
+    def charge_sum(self, up: int, down: int, bytes_up: int, bytes_down: int) -> None:
+        """Add what a sum costs: payloads of those who send, and of those who receive it, and their lengths."""
+        self.communications += up + down
+        self.messages += up + down
+        self.bytes += bytes_up + bytes_down
+        self.bytes_up += bytes_up
+        self.bytes_down += bytes_down
+
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
         return asdict(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -77,6 +78,10 @@ class Events:
         self._sampling, self._output, self._ends = sampling, output, setting.edges
         self._rates = np.asarray(rates, dtype=np.float64)
         self._table = algorithm.dynamics(setting) if isinstance(algorithm, DynamicsAlgorithm) else None
+        if self._table is not None and self._table.edge_scale is not None and len(self._table.edge_scale) != len(rates):
+            raise InputError(
+                f"Dynamics.edge_scale: {len(self._table.edge_scale)} given, one per edge, {len(rates)}, needed"
+            )
         self._flow = None if self._table is None else Flow.of(self._table.flow)
         self._row = np.full(layout.n, FOREIGN, np.int64)
         self._row[layout.nodes] = np.arange(layout.rows)
@@ -131,30 +136,43 @@ class Events:
         self.spent = self._budget.reached(self.counts)
 
     def _start_values(self) -> NDArray:
-        x0, table = self._x0, self._table
+        x0, table, takes = self._x0, self._table, self._start_takes()
         gradient = torch.zeros_like(x0)
         mean = gradient[:1]
-        if table is None or table.start[:, 1:].any():
-            rows = np.arange(len(x0))
-            gradient = self._gradients.exact(rows, x0)
-        if table is None or table.start[:, 2].any():
+        if takes:
+            gradient = self._gradients.exact(np.arange(len(x0)), x0)
+        if "mean_gradient" in takes:
             mean = self._mean(gradient)
         if table is None:
             assert isinstance(self._algorithm, EventAlgorithm)
-            first = self._algorithm.start(x0, gradient, mean)
+            given = {"gradient": gradient, "mean_gradient": mean}
+            first = self._algorithm.start(x0, **{name: given[name] for name in takes})
             return torch.stack([first[name].expand_as(x0) for name in self._algorithm.variables], dim=1).numpy()
         v = np.empty((len(x0), table.k, x0.shape[1]), x0.numpy().dtype)
         for a, weights in enumerate(table.start):
             v[:, a] = sum(w * term.numpy() for w, term in zip(weights, (x0, gradient, mean), strict=True) if w != 0.0)
         return v
 
+    def _start_takes(self) -> list[str]:
+        """Return which gradients the start takes: only these are computed, and charged."""
+        names = ["gradient", "mean_gradient"]
+        if self._table is not None:
+            return [name for column, name in enumerate(names, start=1) if self._table.start[:, column].any()]
+        assert isinstance(self._algorithm, EventAlgorithm)
+        taken = list(signature(self._algorithm.start).parameters)[1:]
+        for name in taken:
+            if name not in names:
+                who = type(self._algorithm).__name__
+                raise InputError(
+                    f"{who}.start: parameter {name!r} is unknown; after x0 it may take {names[0]}, {names[1]}"
+                )
+        return taken
+
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean over all nodes `[1, dim]`; charged as a sum: every node sends one row and receives one."""
-        rows, counts = self._layout.rows, self.counts
-        counts.communications += 2 * rows
-        counts.messages += 2 * rows
-        counts.bytes += 2 * rows * gradient.shape[1] * gradient.element_size()
-        counts.exchanges += 2
+        rows = self._layout.rows
+        self.counts.charge_sum(rows, rows, gradient.nbytes, gradient.nbytes)
+        self.counts.exchanges += 2
         return (total(gradient, self._layout) / self._layout.n)[None]
 
     def _make_player(self) -> Callable[[Batch], int]:
@@ -234,9 +252,9 @@ class Events:
         dual = self._table is not None and self._table.dual
         message = self._problem.dim * self.state.v.itemsize
         costs = {name: np.zeros(len(own.time), np.int64) for name in NAMES}
-        costs["dual_gradients" if dual else "gradients"] = steps.astype(np.int64)
+        costs |= {"gradients": steps.astype(np.int64), "dual_gradients": 2 * dual * pairs}
         costs |= {"communications": pairs.astype(np.int64), "messages": 2 * pairs, "bytes": 2 * message * pairs}
-        if "samples" in self._budget.bounds and not dual:
+        if "samples" in self._budget.bounds:
             rows = own.a[steps]
             sizes = self._gradients.most_samples(rows) if bound else self._gradients.samples(rows, self._drawn(rows))
             costs["samples"][steps] = sizes
@@ -251,7 +269,7 @@ class Events:
         return drawn
 
     def play(self, kind: Ints, a: Ints, b: Ints, time: Reals) -> None:
-        """Play a recorded trace instead of the clocks: one entry per event, in order of time.
+        """Play a recorded trace instead of the clocks, which go on after it: one entry per event, in order of time.
 
         Args:
             kind: 0 a gradient of node `a` (`b` is not looked at), 1 an exchange between nodes `a` and `b`.
@@ -267,6 +285,7 @@ class Events:
             raise InputError(f"trace: event {place} at time {times[place]:g} is earlier than what was played before it")
         self._play(self._batch(np.asarray(kind), np.asarray(a), np.asarray(b), times))
         self._now = float(times[-1]) if len(times) else self._now
+        self._clocks.until(self._now)
 
     def _batch(self, kind: Ints, a: Ints, b: Ints, time: Reals) -> Batch:
         """Return a trace in rows and edge numbers."""

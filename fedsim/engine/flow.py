@@ -1,10 +1,16 @@
-"""What happens between two events: `v(t + s) = exp(A s) v(t)`, with `exp(A s)` as a sum of modes found once."""
+"""What happens between two events: `v(t + s) = exp(A s) v(t)`, with `exp(A s)` as a sum of modes found once.
+
+A run takes millions of such steps, and nothing pulls back what they do to a sum that the flow conserves (DADAO's
+`sum z = 0`, the mean of gossip). So an error must not always be the same: modes are found to more digits than a double
+has, and what is summed is `exp(A s) - 1`, which leaves alone what does not move.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, permutations
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+Space = tuple[Any, Any, Any]  # of numpy's complex longdouble: it brings no types
 
 SQUARING_ACCURACY = 1e-9
 """Modes that differ by more from the squared exponential are not used."""
@@ -74,11 +81,12 @@ class Flow:
         if not generator.any():
             return cls(generator, True, pattern, squaring, 0.0)
         tried = [_modes(squaring, pattern, tolerance) for tolerance in _CLUSTER_TOLERANCES]
-        errors = [_difference(table, squaring) for table in tried]
+        errors = [math.inf if table is None else _difference(table, squaring) for table in tried]
         best = int(np.argmin(errors))
-        if errors[best] > SQUARING_ACCURACY:
+        found = tried[best]
+        if found is None or errors[best] > SQUARING_ACCURACY:
             return cls(generator, False, pattern, squaring, 0.0)
-        return cls(generator, False, pattern, tried[best], errors[best])
+        return cls(generator, False, pattern, found, errors[best])
 
     def at(self, t: float) -> Matrix:
         """Return `exp(A t)`, `[k, k]`, the very numbers that the players use."""
@@ -117,26 +125,36 @@ def _pattern(generator: Matrix) -> NDArray[np.bool_]:
     return reached
 
 
-def _modes(squaring: FlowTable, pattern: NDArray[np.bool_], tolerance: float) -> FlowTable:
-    """Return the modes for eigenvalues clustered at a relative tolerance, with exact zeros outside the pattern."""
+def _modes(squaring: FlowTable, pattern: NDArray[np.bool_], tolerance: float) -> FlowTable | None:
+    """Return the modes for eigenvalues clustered at a relative tolerance, with exact zeros outside the pattern.
+
+    None: the clusters cannot be told apart.
+    """
     exponents, powers, modes = [], [], []
     eigenvalues = np.linalg.eigvals(squaring.balanced).astype(np.complex128)
     weight = np.where(pattern, squaring.scale[:, None] / squaring.scale[None, :], 0.0)
-    for centre, members in _clusters(eigenvalues, tolerance):
+    clusters = _clusters(eigenvalues, tolerance)
+    try:
+        spaces = _invariant_spaces(squaring.balanced, eigenvalues, [members for _, members in clusters])
+    except np.linalg.LinAlgError:
+        return None
+    for (centre, members), (left, right, block) in zip(clusters, spaces, strict=True):
         if centre.imag < 0.0:
             continue
-        terms = _terms(squaring.balanced, eigenvalues, centre, members)
+        mean = complex(np.trace(block) / len(members))
+        centre = 0j if centre == 0j else complex(mean.real, mean.imag if centre.imag else 0.0)
+        terms = _terms(left, right, block, centre, float(np.abs(eigenvalues).max()))
         exponents.append((centre.real, centre.imag))
         powers.append(len(terms))
         for term in terms:
             if centre.imag == 0.0:
                 modes.append(term.real * weight)
             else:
-                modes += [2.0 * term.real * weight, -2.0 * term.imag * weight]
+                modes += [2 * term.real * weight, -2 * term.imag * weight]
     return FlowTable(
         np.array(exponents, dtype=np.float64).reshape(-1, 2),
         np.array(powers, dtype=np.int64),
-        np.array(modes).ravel(),
+        np.array(modes, dtype=np.float64).ravel(),
         *squaring[3:],
     )
 
@@ -160,26 +178,62 @@ def _clusters(eigenvalues: NDArray[np.complex128], tolerance: float) -> list[tup
     return clusters
 
 
-def _terms(
-    balanced: Matrix, eigenvalues: NDArray[np.complex128], centre: complex, members: list[int]
-) -> list[NDArray[np.complex128]]:
-    """Return `(A - centre)^j P / j!` for j = 0, 1, ... with P the spectral projector of one cluster."""
+def _invariant_spaces(balanced: Matrix, eigenvalues: NDArray[np.complex128], clusters: list[list[int]]) -> list[Space]:
+    """Return `(left, right, block)` of every cluster, with `A left = left block` and `right left = 1`.
+
+    Schur vectors, one Sylvester equation each, then a Newton step for all of them in extended precision.
+    """
     from scipy.linalg import schur, solve_sylvester
 
-    others = np.delete(eigenvalues, members)
-    inside = eigenvalues[members]
+    lefts, rights = [], []
+    for members in clusters:
+        others, inside = np.delete(eigenvalues, members), eigenvalues[members]
 
-    def belongs(x: complex) -> bool:
-        return len(others) == 0 or np.abs(inside - x).min() < np.abs(others - x).min()
+        def belongs(x: complex, others=others, inside=inside) -> bool:
+            return len(others) == 0 or np.abs(inside - x).min() < np.abs(others - x).min()
 
-    upper, basis, size = schur(balanced.astype(complex), output="complex", sort=belongs)  # pyright: ignore
-    block, rest = upper[:size, :size], upper[size:, size:]
-    coupling = solve_sylvester(block, -rest, upper[:size, size:]) if 0 < size < len(upper) else upper[:size, size:]
-    left, right = basis[:, :size], np.hstack([np.eye(size), coupling]) @ basis.conj().T
-    terms, power = [left @ right], np.eye(size, dtype=complex)
-    unit = max(float(np.abs(eigenvalues).max()), np.finfo(float).tiny)
-    for j in range(1, len(members)):
-        power = power @ (block - centre * np.eye(size)) / j
+        upper, basis, size = schur(balanced.astype(complex), output="complex", sort=belongs)  # pyright: ignore
+        block, rest, coupling = upper[:size, :size], upper[size:, size:], upper[:size, size:]
+        if size != len(members):
+            raise np.linalg.LinAlgError("clusters overlap")
+        if 0 < size < len(upper):
+            coupling = solve_sylvester(block, -rest, coupling)
+        lefts.append(basis[:, :size])
+        rights.append(np.hstack([np.eye(size), coupling]) @ basis.conj().T)
+    ends = np.cumsum([0, *(left.shape[1] for left in lefts)])
+    places = [slice(a, b) for a, b in pairwise(ends)]
+    with np.errstate(all="ignore"):
+        left, right, whole = _refined(balanced, np.hstack(lefts), np.vstack(rights), places)
+    return [(left[:, own], right[own], whole[own, own]) for own in places]
+
+
+def _refined(balanced: Matrix, left: Any, right: Any, places: list[slice]) -> Space:
+    """Return bases with `right left = 1` and `right A left` free of what couples two clusters, to extended digits."""
+    from scipy.linalg import solve_sylvester
+
+    matrix, one = balanced.astype(np.clongdouble), np.eye(len(balanced))
+    left, right = left.astype(np.clongdouble), right.astype(np.clongdouble)
+    for _ in range(2):
+        for _ in range(2):
+            right = right @ (2 * one - left @ right)
+        whole = right @ matrix @ left
+        turn = np.zeros(whole.shape, np.clongdouble)
+        for a, b in permutations(places, 2):
+            blocks = [np.asarray(part, np.complex128) for part in (whole[a, a], -whole[b, b], -whole[a, b])]
+            if not all(np.isfinite(part).all() for part in blocks):
+                return left, right, whole
+            turn[a, b] = solve_sylvester(*blocks)
+        left, right = left @ (one + turn), (one - turn) @ right
+    return left, right, right @ matrix @ left
+
+
+def _terms(left: Any, right: Any, block: Any, centre: complex, largest: float) -> list[Any]:
+    """Return `(A - centre)^j P / j!` for j = 0, 1, ... with P the spectral projector of one cluster."""
+    one = np.eye(len(block))
+    terms, power = [left @ right], one
+    unit = max(largest, np.finfo(float).tiny)
+    for j in range(1, len(block)):
+        power = power @ (block - centre * one) / j
         if np.abs(power).max() <= 1e-13 * unit**j:  # semisimple: what is left of the nilpotent part is rounding
             break
         terms.append(left @ power @ right)
@@ -195,7 +249,8 @@ lean: Any = partial(cast(Any, njit), _nrt=False, error_model="numpy")
 def flow_matrix(table, t, out, at):  # pragma: no cover - compiled
     """Write `exp(A t)` row by row into `out[at : at + k * k]`; `table` is a `FlowTable`."""
     exponents, powers, modes = table.exponents, table.powers, table.modes
-    size = len(table.scale) * len(table.scale)
+    k = len(table.scale)
+    size = k * k
     if len(powers) == 0:
         squared(table.balanced, table.scale, table.work, t, out, at)
         return
@@ -203,17 +258,22 @@ def flow_matrix(table, t, out, at):  # pragma: no cover - compiled
         out[_u(at) + _u(i)] = 0.0
     m = 0
     for group in range(len(powers)):
-        real = math.exp(exponents[group, 0] * t) if exponents[group, 0] != 0.0 else 1.0
+        less = math.expm1(exponents[group, 0] * t) if exponents[group, 0] != 0.0 else 0.0  # exp(real part * t) - 1
+        whole, half = 1.0 + less, exponents[group, 1] * t / 2.0
+        sine, cosine = (math.sin(half), math.cos(half)) if half != 0.0 else (0.0, 1.0)
+        first, second = less - 2.0 * sine * sine * whole, 2.0 * sine * cosine * whole  # exp(.) cos - 1, exp(.) sin
         for _ in range(powers[group]):
             if exponents[group, 1] == 0.0:
-                _add(out, at, real, modes, m, size)
+                _add(out, at, less, modes, m, size)
                 m += size
             else:
-                angle = exponents[group, 1] * t
-                _add(out, at, real * math.cos(angle), modes, m, size)
-                _add(out, at, real * math.sin(angle), modes, m + size, size)
+                _add(out, at, first, modes, m, size)
+                _add(out, at, second, modes, m + size, size)
                 m += 2 * size
-            real *= t
+            whole *= t
+            less, first, second = whole, whole * (cosine * cosine - sine * sine), second * t
+    for i in range(k):
+        out[_u(at) + _u(i * k + i)] += 1.0  # the projectors' sum, which every first power left out
 
 
 @lean

@@ -58,8 +58,11 @@ class LocalNetwork:
         """Return each block's answer to its request; all blocks ask for the same thing.
 
         Raises:
-            RunError: they do not.
+            RunError: they do not, or a request does not fit its block.
         """
+        if isinstance(requests[0], Mix | Gather | Sum | Mean):
+            for request, rows in zip(requests, self._blocks, strict=True):
+                refuse_misfit(request, rows.stop - rows.start, self._layout.n)
         if len(requests) > 1:
             self._refuse_disagreement(requests)
         first = requests[0]
@@ -150,7 +153,10 @@ class LocalNetwork:
         total = self._total(terms)[None]
         self._charge_sum(requests, values, weight, mask, total)
         if mean:
-            total = total / self._mass(weight, mask, requests[0].rows)
+            mass = self._mass(weight, mask, requests[0].rows)
+            if mass == 0.0:
+                raise RunError(f"{describe(requests[0])}: no node takes part with a weight other than 0")
+            total = (total if total.is_floating_point() else total.double()) / mass
         return [total] * len(requests)
 
     def _total(self, terms: torch.Tensor) -> torch.Tensor:
@@ -202,11 +208,7 @@ class LocalNetwork:
         up, down = int(sending.sum()), int(taking_part.sum())
         size_up = int(lengths(requests, [dense(r.v) for r in requests])[sending].sum())
         size_down = down * total.numel() * total.element_size()
-        self._counts.communications += up + down
-        self._counts.messages += up + down
-        self._counts.bytes += size_up + size_down
-        self._counts.bytes_up += size_up
-        self._counts.bytes_down += size_down
+        self._counts.charge_sum(up, down, size_up, size_down)
         if self._layout.rank == 0:  # counts are added up over ranks
             self._counts.exchanges += 2
 
@@ -223,6 +225,29 @@ class LocalNetwork:
 def dense(v: torch.Tensor | Packet) -> torch.Tensor:
     """Return what everybody computes with: the rows themselves, or a packet's decoded rows."""
     return v if isinstance(v, torch.Tensor) else v.dense
+
+
+def refuse_misfit(request: Any, rows: int, n: int) -> None:
+    """Refuse what compiled code would read past the end of, or silently make something else of.
+
+    Raises:
+        RunError: says what was given and what is needed.
+    """
+    v, weight, mask = request.v, getattr(request, "weight", None), getattr(request, "rows", None)
+    given = v if isinstance(v, torch.Tensor) else getattr(v, "dense", None)
+    what = type(request).__name__
+    if given is None:
+        raise RunError(f"{what} of {type(v).__name__}: a torch tensor, or a packet, is needed")
+    if given.dim() != 2 or len(given) != rows:
+        raise RunError(f"{what} of shape {tuple(given.shape)}: [rows, dim] is needed, and this block has {rows} rows")
+    if what == "Mix" and given.dtype not in NUMPY:
+        raise RunError(f"Mix of {given.dtype}: float64 or float32 is needed; Sum and Gather take other types")
+    if weight is not None and tuple(weight.shape) != (rows,):
+        raise RunError(f"{what} with weights {tuple(weight.shape)}: one per row, ({rows},), is needed")
+    if weight is not None and not given.is_floating_point() and bool((weight != weight.to(given.dtype)).any()):
+        raise RunError(f"{what} of {given.dtype} with weights that are not whole numbers: give it floats, v.double()")
+    if mask is not None and (mask.dtype != np.bool_ or mask.shape != (n,)):
+        raise RunError(f"{what} with rows {mask.dtype} {mask.shape}: a boolean mask by node number, ({n},), is needed")
 
 
 def lengths(requests: list[Any], values: list[torch.Tensor]) -> NDArray[np.int64]:

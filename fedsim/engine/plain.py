@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedsim.engine.clocks import FOREIGN, NOBODY
 from fedsim.engine.flow import Flow
 from fedsim.engine.kernel import decayed
+from fedsim.errors import RunError
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import EventAlgorithm
@@ -243,8 +244,12 @@ class FunctionRules:
         return v
 
     def message(self, v: Reals, row: int) -> Reals:
-        """The algorithm's own message."""
-        return self._algorithm.message(self._rows(v))[0].numpy().copy()
+        """The algorithm's own message; RunError where it is not what is charged for."""
+        sent = self._algorithm.message(self._rows(v))
+        if tuple(sent.shape) != (1, v.shape[1]):
+            who = type(self._algorithm).__name__
+            raise RunError(f"{who}.message of one node: shape {tuple(sent.shape)}, (1, {v.shape[1]}) needed")
+        return sent[0].numpy().copy()
 
     def gossip(self, v: Reals, own: Reals, other: Reals, edge: int) -> None:
         """The algorithm's own gossip event."""
