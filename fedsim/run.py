@@ -351,11 +351,13 @@ def observer_of(p: Prepared) -> Observer:
 
     record = p.scenario.record
     own = p.algorithm.metrics(p.setting) if isinstance(p.algorithm, SyncAlgorithm) else None
-    observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
+    with p.scenario.origin.told("record"):
+        observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
     recorded = (*observer.names, *sorted(_COUNTS), "seconds", *(("epsilon",) if p.setting.privacy else ()))
     for name in p.scenario.stop or {}:
         if name not in recorded:
-            raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
+            with p.scenario.origin.told("stop"):
+                raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
     return observer
 
 
