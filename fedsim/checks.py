@@ -79,6 +79,14 @@ class Mistakes:
     def say(self, text: str) -> None:
         self.found.setdefault(text)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Enter a refusal instead of letting it end everything."""
+        try:
+            yield
+        except InputError as error:
+            self.say(str(error))
+
     def refuse(self) -> None:
         if self.found:
             count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -359,9 +360,12 @@ def provenance(algorithm: Algorithm) -> dict[str, str]:
 
 
 def folder_for(name: str, root: Path) -> Path:
-    """Return `root/name`, or `root/name-2`, ... : a folder that does not exist yet."""
-    path, count = root / name, 1
-    while path.exists():
-        count += 1
-        path = root / f"{name}-{count}"
-    return path
+    """Make and return `root/name`, or `root/name-2`, ... : a folder that no other run has."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in itertools.chain([root / name], (root / f"{name}-{count}" for count in itertools.count(2))):
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError

@@ -103,7 +103,13 @@ class Scenario:
         """Return what tells this run from the others of its study, as `run.json` holds it."""
         cell = {"of": self.of, "cell": dict(self.cell)} if self.cell else {}
         own = {"name": self.name, "variant": self.variant, "seed": self.seed, "base": str(self.base)}
-        return {**own, **cell}
+        objects = {"objects": list(self.live)} if self.live else {}
+        return {**own, **cell, **objects}
+
+    def marks(self) -> dict[str, Any]:
+        """Return what must be the same where a run goes on from a checkpoint: files by their hashes, digest, record."""
+        files = _named_files(self.sections, self.base)
+        return {"files": files, "scenario_digest": self.digest(), "record": dict(self.record or {})}
 
     def key(self) -> str:
         """Return the SHA-256 of all that a result file depends on: a run with the same key need not be played again.

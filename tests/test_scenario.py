@@ -193,7 +193,7 @@ def test_duplicate_keys_are_refused_with_their_lines(tmp_path):
         (b"- a\n- b\n", "a mapping of sections is needed"),
         (b"name: caf\xe9\n", "s.yaml:1: not text in UTF-8 (byte 0xe9)"),
         ("name: x\n".encode("utf-16"), "s.yaml:1: not text in UTF-8"),
-        (b"name: x\nclaim: \"a\x07\"\n", "s.yaml:2: not readable as YAML"),
+        (b'name: x\nclaim: "a\x07"\n', "s.yaml:2: not readable as YAML"),
         (b"name: x\n\tseed: 1\n", "s.yaml:2: not readable as YAML"),
         (b"topology:\n\tkind: ring\n", "cannot start any token; indent by spaces"),
         (b"claim: !!python/object/apply:os.system [ls]\n", "s.yaml:1: not readable as YAML: could not determine"),
@@ -256,8 +256,8 @@ def test_what_is_found_while_building_has_its_line_too(tmp_path):
 def test_variants_whose_names_look_alike_have_folders_of_their_own(tmp_path):
     """No run of a study overwrites another's, whatever the variants are called."""
     names = ["a b", "a-b", "SDP", "sdp", "\N{GREEK SMALL LETTER ETA}", "\N{GREEK SMALL LETTER MU}"]
-    text = GOOD + yaml.safe_dump({"variants": {name: {} for name in names}, "seeds": 2}, allow_unicode=True)
-    folders = [run.folder for run in load_study(write(tmp_path, text)).runs]
+    given = yaml.safe_load(GOOD) | {"variants": {name: {} for name in names}, "seeds": 2}
+    folders = [run.folder for run in load_study(given).runs]
     assert len(set(folders)) == len(folders) == 12
     assert folders[0] == "a-b-seed4"
 

@@ -76,7 +76,8 @@ def check_algorithm(
         _check_blocks(play, whole, report, length)
         _check_states(play, report)
     elif isinstance(algorithm, EventAlgorithm):
-        _check_functions(algorithm, problem, report, seed)
+        check_functions(algorithm, problem, seed, problem.n)
+        report.held.append("flow, point, gradient, message, gossip and output give the same bits in any block of rows")
     else:
         _same(play, whole, play.states(length, player="plain"), "by the plain loop than by the fast player")
         report.held.append("the plain loop and the fast player give the same bits and counts")
@@ -113,11 +114,20 @@ def _check_states(play: _Play, report: Report) -> None:
     report.held.append("rounds leave the state that they are given unmodified")
 
 
-def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report, seed: int) -> None:
-    """Hold each function of rows to its rows: any block gives the bits that all rows give together."""
+def check_rounds(algorithm: SyncAlgorithm, problem: Problem, rounds: int) -> None:
+    """Hold some rounds to their rows: any block gives the bits that all rows give together."""
+    play = _Play(algorithm, problem, None, 0)
+    whole = play.states(rounds, transport="local")
+    for block in BLOCKS[:3]:
+        how = f"in blocks of {block} rows than in one of all rows"
+        _same(play, whole, play.states(rounds, transport="local", block=block), how)
+
+
+def check_functions(algorithm: EventAlgorithm, problem: Problem, seed: int, rows: int) -> None:
+    """Hold each function of so many rows to its rows: any block gives the bits that all rows give together."""
     from fedsim.engine.streams import RoundDraws, Streams
 
-    nodes = np.arange(problem.n)
+    nodes = np.arange(rows)
     draws = RoundDraws(Streams(seed), nodes, 0)
     v = {name: draws.normal(name, problem.dim).to(problem.dtype) for name in algorithm.variables}
     g, other = (draws.normal(name, problem.dim).to(problem.dtype) for name in ("gradient", "message"))
@@ -133,12 +143,13 @@ def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report
     for name, call in calls.items():
         whole = _named(call(slice(None)), name)
         for block in BLOCKS:
-            for begin in range(0, problem.n, block):
-                rows = slice(begin, begin + block)
-                for part, value in _named(call(rows), name).items():
-                    if value.tobytes() != whole[part][rows].tobytes():
-                        raise AssertionError(f"{name}: {part} of node {begin} is different in blocks of {block}{HINT}")
-    report.held.append("flow, point, gradient, message, gossip and output give the same bits in any block of rows")
+            for begin in range(0, rows, block):
+                part = slice(begin, begin + block)
+                for variable, value in _named(call(part), name).items():
+                    if value.tobytes() != whole[variable][part].tobytes():
+                        raise AssertionError(
+                            f"{name}: {variable} of node {begin} is different in blocks of {block}{HINT}"
+                        )
 
 
 def _rows(v: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
