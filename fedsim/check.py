@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.algorithms.algorithm import DynamicsAlgorithm, SyncAlgorithm
+from fedsim.errors import InputError
+
 if TYPE_CHECKING:
     from fedsim.prepare import Prepared
     from fedsim.scenario import Study
@@ -30,24 +33,35 @@ def check(
     Raises:
         InputError: the scenario cannot be run.
     """
+    from fedsim.checks import Mistakes
     from fedsim.engine.machine import prepare as prepare_machine
     from fedsim.prepare import prepare
+    from fedsim.run import observer_of
     from fedsim.scenario import Study, load_study
 
+    if not 0 < precision < 1:
+        raise InputError(f"check: precision {precision:g} given; a number between 0 and 1 is needed")
     prepare_machine()
     study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
     shared: dict[str, Any] = {}
-    first = {run.variant: run for run in reversed(study.runs)}
-    variants = dict.fromkeys(run.variant for run in study.runs)
-    return [describe(prepare(first[name], shared=shared), precision, ranks) for name in variants]
+    mistakes, found = Mistakes(), []
+    for run in reversed({run.variant: run for run in reversed(study.runs)}.values()):
+        with mistakes.kept():
+            prepared = prepare(run, shared=shared)
+            observer_of(prepared)
+            prepared.player()
+            found.append(describe(prepared, precision, ranks))
+    mistakes.refuse()
+    return found
 
 
 def describe(p: Prepared, precision: float, ranks: int | None = None) -> dict[str, Any]:
     """Return the facts of one prepared run as plain data."""
     from fedsim.prepare import provenance
+    from fedsim.run import guarantee_of
 
     s = p.setting
-    guarantee = p.algorithm.guarantee(s)
+    guarantee = guarantee_of(p)
     facts: dict[str, Any] = {
         "variant": p.scenario.variant,
         "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
@@ -65,6 +79,8 @@ def describe(p: Prepared, precision: float, ranks: int | None = None) -> dict[st
             "exact": s.chi.exact,
             "gap": p.rates.gap,
         }
+        horizon = float(p.scenario.schedule["horizon"])
+        facts["schedule"] = {"horizon": horizon, **_costs(p, horizon)}
     elif s.mixing is not None:
         facts["mixing"] = {"spectral_gap": s.mixing_gap}
     if ranks is not None:
@@ -78,22 +94,27 @@ def describe(p: Prepared, precision: float, ranks: int | None = None) -> dict[st
 
 
 def _expected(p: Prepared, rate: float, prefactor: float, precision: float) -> dict[str, float]:
-    """Return time, gradients and communications after which the bound is below `precision` of the start."""
-    time = math.log(prefactor / precision) / rate
-    per_time = 0.0 if p.rates is None else float(p.rates.rates.sum())
-    nodes = p.topology.n if getattr(p.algorithm, "needs", ()) != ("rates",) else 0
-    return {
-        "precision": precision,
-        "time": time,
-        "gradients": time * nodes,
-        "communications": time * per_time,
-    }
+    """Return time (or rounds) and costs after which the bound is below `precision` of the start."""
+    time = max(0.0, math.log(prefactor / precision) / rate)
+    if isinstance(p.algorithm, SyncAlgorithm):
+        return {"precision": precision, "rounds": time}
+    return {"precision": precision, "time": time, **_costs(p, time)}
+
+
+def _costs(p: Prepared, time: float) -> dict[str, float]:
+    """Return what an algorithm by events is expected to spend in so much time: Poisson counts on nodes and edges."""
+    table = p.algorithm.dynamics(p.setting) if isinstance(p.algorithm, DynamicsAlgorithm) else None
+    exchanges = time * float(p.setting.rates.sum())
+    if table is not None and table.dual:
+        return {"dual_gradients": 2 * exchanges, "communications": exchanges}
+    ticks = table is None or table.node_clocks
+    return {"gradients": time * p.topology.n if ticks else 0.0, "communications": exchanges}
 
 
 def _warnings(p: Prepared) -> list[str]:
-    from fedsim.algorithms.algorithm import SyncAlgorithm
+    from fedsim.run import notes
 
-    found = list(p.algorithm.notes(p.setting))
+    found = notes(p)
     if p.problem.mu is not None and p.setting.mu == 0:
         found.append("mu = 0: linear rates of the theory are void for this problem")
     if p.problem.L is None:
@@ -122,6 +143,8 @@ def as_text(facts: dict[str, Any]) -> str:
             f"  rates      {r['kind']}: {r['communications']:.6g} communications per unit of time,"
             f" chi1 = {r['chi1']:.6g}, chi2 = {r['chi2']:.6g}{exact}{gap}"
         )
+        spent = {k: v for k, v in facts["schedule"].items() if k != "horizon"}
+        lines.append(f"  schedule   {facts['schedule']['horizon']:g} units of time: {_spent(spent)} expected")
     if "mixing" in facts:
         lines.append(f"  mixing     spectral gap {facts['mixing']['spectral_gap']:.6g}")
     width = max((len(c["name"]) for c in facts["constants"]), default=0)
@@ -145,9 +168,13 @@ def _guarantee_lines(g: dict[str, Any], e: dict[str, float]) -> list[str]:
         lines.append(f"             rate only, since {'; '.join(g['broken'])}")
     return [
         *lines,
-        f"  expected   to {e['precision']:.0e} of the start, by this bound: time {e['time']:.4g},"
-        f" {e['gradients']:.4g} gradients, {e['communications']:.4g} communications",
+        f"  expected   to {e['precision']:.0e} of the start, by this bound: {_spent(e)}",
     ]
+
+
+def _spent(costs: dict[str, float]) -> str:
+    named = {k: v for k, v in costs.items() if k != "precision"}
+    return ", ".join(f"{k} {v:.4g}" if k == "time" else f"{v:.4g} {k.replace('_', ' ')}" for k, v in named.items())
 
 
 def _number(value: float | None) -> str:

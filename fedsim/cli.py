@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,11 +49,11 @@ def main() -> None:
     except FedsimError as error:
         _leave_job(None if isinstance(error, Stopped) else error)
         if _leads():
-            print(f"fedsim: {error}", file=sys.stderr)
+            print(f"fedsim: {error}{_left_behind(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
         _leave_job(error)
-        print("fedsim: interrupted; what was observed until now is in the folder of the run", file=sys.stderr)
+        print(f"fedsim: interrupted{_left_behind(error)}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # typer's own: a mistake on the command line
@@ -69,6 +71,33 @@ def _after_typer(trace: TracebackType | None) -> TracebackType | None:
             kept = trace.tb_next
         trace = trace.tb_next
     return kept
+
+
+@contextmanager
+def _summarised(as_json: bool) -> Iterator[None]:
+    """Print the one object of `--json` for a run that failed or was interrupted, too: its status says so."""
+    from fedsim.errors import InputError
+    from fedsim.results.result import load
+
+    try:
+        yield
+    except BaseException as error:
+        folder = getattr(error, "folder", None)
+        if as_json and folder is not None and not isinstance(error, InputError) and _leads():
+            with suppress(InputError):  # it ended before there was anything to read
+                print(to_json(load(folder).summary()))
+        raise
+
+
+def _left_behind(error: BaseException) -> str:
+    """Return where the results of a run that failed or was interrupted are, and how it goes on."""
+    from fedsim.errors import Diverged, InputError
+
+    folder = getattr(error, "folder", None)
+    if isinstance(error, InputError) or folder is None or not Path(folder).exists():
+        return ""
+    on = "" if isinstance(error, Diverged) else f"; `fedsim resume {folder}` goes on from its last checkpoint"
+    return f"\nresults  {folder}{on}"
 
 
 def _leave_job(error: BaseException | None) -> None:
@@ -96,7 +125,7 @@ def run(
     from fedsim.progress import shown
     from fedsim.run import run as play
 
-    with shown(not (no_progress or as_json)) as progress:
+    with _summarised(as_json), shown(not (no_progress or as_json)) as progress:
         result = play(scenario, overrides=overrides or (), short=short, folder=folder, progress=progress)
     if not _leads():
         return
@@ -149,7 +178,7 @@ def resume(
     from fedsim.progress import shown
     from fedsim.run import resume as go_on
 
-    with shown(not (no_progress or as_json)) as progress:
+    with _summarised(as_json), shown(not (no_progress or as_json)) as progress:
         result = go_on(folder, progress=progress)
     if not _leads():
         return
@@ -434,6 +463,8 @@ def _print_result(result: Any, files: list[Path], as_json: bool) -> None:
     else:
         last = result.runs[0].summary()["last"]
         print("  ".join(f"{name}={value:.6g}" for name, value in last.items() if value))
+    for note in dict.fromkeys(note for run in result.runs for note in run.facts.get("notes", ())):
+        print(f"note     {note}")
     from fedsim.privacy.statement import statement
 
     for line in statement(result.facts):

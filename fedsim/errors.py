@@ -13,9 +13,13 @@ class FedsimError(Exception):
 
 
 class InputError(FedsimError):
-    """The input cannot be used. The message says where, what was given and what is needed (exit code 2)."""
+    """The input cannot be used. The message says where, what was given and what is needed (exit code 2).
+
+    `placed` says that the message names the file and line already.
+    """
 
     exit_code = 2
+    placed = False
 
 
 class Unsupported(InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,10 @@ class Prepared:
 
     def player(self) -> Player:
         """Return a fresh player; it starts from the scenario's start."""
-        x0 = start_rows(self.scenario, self.problem, self.layout)
-        return _rounds(self, x0) if isinstance(self.algorithm, SyncAlgorithm) else _events(self, x0)
+        with self.scenario.origin.told("start"):
+            x0 = start_rows(self.scenario, self.problem, self.layout)
+        with self.scenario.origin.told("algorithm"):
+            return _rounds(self, x0) if isinstance(self.algorithm, SyncAlgorithm) else _events(self, x0)
 
 
 def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any] | None = None) -> Prepared:
@@ -74,48 +77,64 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     """
     live = live or Live()
     shared = {} if shared is None else shared
+    at = scenario.origin.told
     graph = (scenario.topology, scenario.data_seed)  # a random graph may take its seed from the data's
-    topology = live.topology or _once(shared, ("topology", *graph), lambda: _topology(scenario))
-    device = _device(scenario, shared)
-    problem = live.problem or _once(
-        shared,
-        ("problem", scenario.problem, scenario.data_seed, topology.n, device.name),
-        lambda: _problem(scenario, topology.n),
-    )
-    refuse_undeclared(problem)
-    problem.use(device.name)
-    if problem.n != topology.n:
-        raise InputError(
-            f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
+    with at("topology"):
+        topology = live.topology or _once(shared, ("topology", *graph), lambda: _topology(scenario))
+    with at("engine", "device"):
+        device = _device(scenario, shared)
+    with at("problem"):
+        problem = live.problem or _once(
+            shared,
+            ("problem", scenario.problem, scenario.data_seed, topology.n, device.name),
+            lambda: _problem(scenario, topology.n),
         )
+        refuse_undeclared(problem)
+        problem.use(device.name)
+        if problem.n != topology.n:
+            raise InputError(
+                f"the problem has {problem.n} nodes, topology {topology.name!r} has {topology.n}; make them equal"
+            )
     algorithm = live.algorithm or _algorithm(scenario)
-    if problem.has_composite and not algorithm.proximal:
-        have = [k for k in registry.KINDS["algorithm"] if registry.find("algorithm", k, scenario.base).proximal]
-        name = getattr(algorithm, "kind", type(algorithm).__name__)
-        raise InputError(
-            f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)}"
-            " (one's own says so by `proximal: ClassVar[bool] = True`)"
-        )
     sync = isinstance(algorithm, SyncAlgorithm)
-    rates = None if sync or topology.is_server else _once(
-        shared, ("rates", *graph, scenario.rates), lambda: _rates(scenario, topology)
-    )  # fmt: skip
-    mixing = None if not sync or topology.is_server else _once(
-        shared, ("mixing", *graph, scenario.mixing), lambda: _mixing(scenario, topology)
-    )  # fmt: skip
+    with at("rates"):
+        rates = None if sync or topology.is_server else _once(
+            shared, ("rates", *graph, scenario.rates), lambda: _rates(scenario, topology)
+        )  # fmt: skip
+    with at("mixing"):
+        mixing = None if not sync or topology.is_server else _once(
+            shared, ("mixing", *graph, scenario.mixing), lambda: _mixing(scenario, topology)
+        )  # fmt: skip
+    with at("start"):
+        common_start = _starts_together(scenario, problem)
+    with at("privacy"):
+        privacy = _privacy(scenario, algorithm)
     setting = RunSetting(
         problem,
         topology,
         None if rates is None else rates.rates,
         None if rates is None else rates.chi,
         mixing,
-        common_start=_starts_together(scenario, problem),
+        common_start=common_start,
         rounds=int(scenario.schedule["horizon"]) if sync else 0,
-        privacy=_privacy(scenario, algorithm),
+        privacy=privacy,
         base=scenario.base,
     )
+    with at("algorithm"):
+        _refuse_no_prox(problem, algorithm, scenario.base)
+        resolved = algorithm.resolve(setting)
     layout = Layout(topology, transport=_transport(scenario))
-    return Prepared(scenario, topology, problem, algorithm.resolve(setting), setting, rates, layout, device)
+    return Prepared(scenario, topology, problem, resolved, setting, rates, layout, device)
+
+
+def _refuse_no_prox(problem: Problem, algorithm: Algorithm, base: Path) -> None:
+    if problem.has_composite and not algorithm.proximal:
+        have = [k for k in registry.KINDS["algorithm"] if registry.find("algorithm", k, base).proximal]
+        name = getattr(algorithm, "kind", type(algorithm).__name__)
+        raise InputError(
+            f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)}"
+            " (one's own says so by `proximal: ClassVar[bool] = True`)"
+        )
 
 
 def start_rows(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
@@ -161,8 +180,14 @@ def _starts_together(scenario: Scenario, problem: Problem) -> bool:
 def _given(scenario: Scenario) -> NDArray[np.float64]:
     value = scenario.start["value"]
     if isinstance(value, str):
-        value = np.load(scenario.base / value, allow_pickle=False)
-    return np.asarray(value, dtype=np.float64)
+        try:
+            value = np.load(scenario.base / value, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"start.value: {value!r} cannot be read as .npy: {error}") from None
+    array = np.asarray(value, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise InputError(f"start.value: {np.count_nonzero(~np.isfinite(array))} numbers are not finite")
+    return array
 
 
 def _given_start(scenario: Scenario, problem: Problem, layout: Layout) -> torch.Tensor:
@@ -346,9 +371,12 @@ def provenance(algorithm: Algorithm) -> dict[str, str]:
 
 
 def folder_for(name: str, root: Path) -> Path:
-    """Return `root/name`, or `root/name-2`, ... : a folder that does not exist yet."""
-    path, count = root / name, 1
-    while path.exists():
-        count += 1
-        path = root / f"{name}-{count}"
-    return path
+    """Make and return `root/name`, or `root/name-2`, ... : a folder that no other run has."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in itertools.chain([root / name], (root / f"{name}-{count}" for count in itertools.count(2))):
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError

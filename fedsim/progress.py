@@ -24,14 +24,11 @@ def shown(wanted: bool) -> Iterator[Progress | None]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
-        begun: dict[str, float] = {}
 
         def draw(name: str, now: float, horizon: float, row: dict[str, Any]) -> None:
             if name not in tasks:
-                tasks[name], begun[name] = bar.add_task(name, total=horizon, facts=""), time.perf_counter()
-            bar.update(
-                tasks[name], completed=now, total=horizon, facts=_facts(now, row, time.perf_counter() - begun[name])
-            )
+                tasks[name] = bar.add_task(name, total=horizon, facts="")
+            bar.update(tasks[name], completed=now, total=horizon, facts=_facts(now, row))
 
         yield draw
 
@@ -82,9 +79,15 @@ def _cell_lines(pause: float = 30.0) -> Progress:
     return draw
 
 
-def _facts(now: float, row: dict[str, Any], seconds: float) -> str:
+def _facts(now: float, row: dict[str, Any]) -> str:
+    """Return time, speed (of playing alone: also of a run that another process played, or that goes on) and metrics."""
     if "failed" in row:
         return f"{row['failed']} failed"
     events = row["gradients"] + row["dual_gradients"] + row["communications"]
-    metric = next((f"{m} {row[m]:.2e}" for m in ("distance", "loss", "consensus") if m in row), "")
-    return f"t={now:g}  {events / max(seconds, 1e-9):,.0f} events/s  {metric}"
+    speed = f"  {events / row['wall_seconds']:,.0f} events/s" if row["wall_seconds"] > 1e-3 else ""
+    metrics = [f"{name} {value:.2e}" for name, value in row.items() if isinstance(value, float) and name not in _CLOCKS]
+    return f"t={now:g}{speed}  {'  '.join(metrics[:MOST])}"
+
+
+MOST = 4  # metrics that fit on a line
+_CLOCKS = ("time", "wall_seconds")

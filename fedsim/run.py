@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedsim.agreement import refuse_disagreement
+from fedsim.checks import Mistakes
 from fedsim.digest import combined, digest, row_hashes
 from fedsim.engine.counts import Counts
 from fedsim.errors import Diverged, FedsimError, InputError, Stopped
-from fedsim.job import arrays_of_rank_0, connected, counts_of_all, gathered, of_rank_0, own_part, rows_of_all, watched
+from fedsim.job import (
+    arrays_of_rank_0,
+    connected,
+    counts_of_all,
+    gathered,
+    made_by_rank_0,
+    of_rank_0,
+    own_part,
+    rows_of_all,
+    watched,
+)
 from fedsim.observe import Observer
 from fedsim.prepare import Live, folder_for, prepare
-from fedsim.results.folder import to_json, write_whole
+from fedsim.results.folder import RUN, to_json, write_whole
 from fedsim.results.journal import Journal
 from fedsim.results.result import STUDY, Result, StudyResult, load
 from fedsim.sections import HIGHER_IS_BETTER
 from fedsim.stopping import Stopping, listening
 
 if TYPE_CHECKING:
-    from fedsim.algorithms.algorithm import Algorithm
+    from fedsim.algorithms.algorithm import Algorithm, Guarantee
     from fedsim.engine.layout import Layout
     from fedsim.engine.player import Player
     from fedsim.prepare import Prepared
@@ -34,7 +47,6 @@ if TYPE_CHECKING:
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
-    from fedsim.transport.transport import Transport
 
 Progress = Callable[[str, float, float, dict[str, Any]], None]  # run name, now, horizon, last row
 
@@ -60,39 +72,48 @@ def run(
         folder: where the results go (default `runs/NAME`, numbered when it exists); it must not hold results.
         topology, problem, algorithm: live objects (a networkx graph is a topology), or sections as dictionaries.
         progress: called with (run, now, horizon, last metrics) after every observation.
-        sections: further sections as keyword arguments (`schedule={"horizon": 50}`).
+        sections: further sections as keyword arguments (`schedule={"horizon": 50}`); beside a file they override its
+            own.
 
     Raises:
         InputError: nothing has been run then.
-        Diverged: a state that is no longer finite; the results up to there are in the folder.
+        Diverged: a state that is no longer finite; the results up to there are in the folder (`error.folder`).
     """
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.scenario import Study, load_study
+    from fedsim.scenario import Study, load_study, parsed
 
     prepare_machine()
     transport = connected()
     given = {"topology": topology, "problem": problem, "algorithm": algorithm}
     sections |= {name: value for name, value in given.items() if isinstance(value, dict)}
-    objects: dict[str, Any] = {name: None if isinstance(value, dict) else value for name, value in given.items()}
-    live = Live(_as_topology(objects["topology"]), objects["problem"], objects["algorithm"])
+    live = _live({name: None if isinstance(value, dict) else value for name, value in given.items()})
     if isinstance(scenario, Study):
+        if sections or overrides or short:
+            raise InputError("run: a study is what it is; give sections, overrides and short to load_study")
         study = scenario
+    elif isinstance(scenario, str | Path):
+        study = load_study(scenario, overrides={**sections, **parsed(overrides)}, short=short, live=live)
     else:
-        source = {**scenario, **sections} if isinstance(scenario, dict) else (scenario or sections)
-        study = load_study(source, overrides=overrides, short=short, live=live)
+        study = load_study({**(scenario or {}), **sections}, overrides=overrides, short=short, live=live)
     refuse_disagreement(study, transport)
     if study.is_sweep:
         from fedsim.sweeping import play_sweep
 
         return play_sweep(study, folder, live, progress)
-    root = _root(folder, study.name, transport)
-    if len(study.runs) == 1:
-        return run_one(study.runs[0], root, live, progress=progress)
-    return run_study(study, root, live, progress)
+    root = Path(made_by_rank_0(lambda: {"root": str(_usable(folder, study.name))}, transport)["root"])
+    with _belongs_to(root, own=not folder):
+        if len(study.runs) == 1:
+            return run_one(study.runs[0], root, live, progress=progress)
+        return run_study(study, root, live, progress)
 
 
 def resume(folder: str | Path, progress: Progress | None = None) -> Result | StudyResult:
-    """Go on from the last checkpoint of a run (or of the unfinished runs of a study), to the same bits."""
+    """Go on from the last checkpoint of a run (or of the unfinished runs of a study), to the same bits.
+
+    Raises:
+        InputError: it is no run; or what it depends on (its scenario, its own code, its data files) is no longer what
+            it began with, so that the bits of an uninterrupted run cannot come out.
+    """
     from fedsim.engine.machine import prepare as prepare_machine
     from fedsim.side_by_side import laid_out
 
@@ -103,9 +124,10 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
         from fedsim.sweeping import go_on
 
         return go_on(found, progress)
-    for result in found.runs:
-        if result.status != "finished":
-            run_one(laid_out(result.folder), result.folder, progress=progress, again=True)
+    waiting = [(laid_out(result.folder), result.folder) for result in found.runs if result.status != "finished"]
+    with _belongs_to(found.folder, own=False):
+        for scenario, place in waiting:
+            run_one(scenario, place, progress=progress, again=True)
     if isinstance(found, StudyResult):
         return with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
     return Result(found.folder)
@@ -121,8 +143,13 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     from fedsim.side_by_side import lay_out, play_all, worth_it
 
     shared: dict[str, Any] = {}
-    for scenario in {run.variant: run for run in reversed(study.runs)}.values():
-        observer_of(prepare(scenario, live, shared))  # a mistake in any variant is found before anything is played
+    mistakes = Mistakes()
+    for scenario in reversed({run.variant: run for run in reversed(study.runs)}.values()):
+        with mistakes.kept():
+            prepared = prepare(scenario, live, shared)
+            observer_of(prepared)
+            prepared.player()
+    mistakes.refuse()  # those of all variants, before anything is played
     refuse_mixtures((run.variant or run.folder, run.privacy) for run in study.runs)
     if connected().rank == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -168,29 +195,27 @@ def run_one(
 ) -> Result:
     """Play one run into `root`; `again` goes on from its checkpoint. Rank 0 of a job writes, all play."""
     prepared = prepare(scenario, live, shared)
-    observer, layout = observer_of(prepared), prepared.layout
-    journal = Journal(root, scenario, again) if layout.rank == 0 else None
-    player = prepared.player()
+    observer, layout, player = observer_of(prepared), prepared.layout, prepared.player()
     player.start()
-    saved = arrays_of_rank_0(lambda: journal.saved if journal else None, layout) if again else None
-    done, wall = 0, 0.0
-    if saved:
-        done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
-        player.load(own_part(saved, player.row_names, layout))
-    facts = _facts(prepared)
+    facts = {**_facts(prepared), "status": "running"}
+    journal = Journal(root, scenario, again) if layout.rank == 0 else None
     guard = getattr(player, "guard", None)
-    if guard is not None:
-        guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
-    facts |= player.facts() | _non_private(observer, guard)
-    facts["status"] = "running"
-    if journal:
-        journal.begin(facts, done)
 
     def lost(message: str) -> None:
         if journal:
             journal.note({**facts, "status": "failed", "error": message, "totals": player.counts.as_dict()})
 
     try:
+        saved = arrays_of_rank_0(lambda: journal.saved if journal else None, layout) if again else None
+        done, wall = 0, 0.0
+        if saved:
+            done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
+            player.load(own_part(saved, player.row_names, layout))
+        if guard is not None:
+            guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
+        facts |= player.facts() | _non_private(observer, guard)
+        if journal:
+            journal.begin(facts, done)
         with watched(float(scenario.engine["timeout"]), lost):
             facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress, root)
         facts["totals"] = counts_of_all(player.counts, layout)
@@ -244,19 +269,23 @@ def _play_on(
     from fedsim.live.player import LiveEvents
 
     s, layout, rounds = p.scenario, p.layout, isinstance(p.algorithm, SyncAlgorithm)
-    horizon = float(s.schedule["horizon"])
+    horizon, lives = float(s.schedule["horizon"]), isinstance(player, LiveEvents)
     every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
-    next_checkpoint = (math.floor(player.now / every) + 1) * every if every < math.inf else math.inf
+    saving = _next(every, player.now)
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
-        clock = time.perf_counter()
-        stopping.seconds_left = float((s.stop or {}).get("seconds", math.inf)) - wall
-        stopped = stopping.advance(player, target, layout, whole=rounds, pieces=not isinstance(player, LiveEvents))
-        wall = of_rank_0(wall + time.perf_counter() - clock, layout)
-        if isinstance(player, LiveEvents):
-            player.write_trace(root)
-        if stopped:
-            _checkpoint(player, journal, wall, layout)
-            raise Stopped("stopped after a checkpoint, as asked; `fedsim resume` goes on from it")
+        leg = -math.inf
+        while leg < target and player.now >= leg:  # to every checkpoint on the way; less far where a budget ends
+            leg, clock = min(target, saving), time.perf_counter()
+            stopping.seconds_left = float((s.stop or {}).get("seconds", math.inf)) - wall
+            stopped = stopping.advance(player, leg, layout, whole=rounds, pieces=not lives)
+            wall = of_rank_0(wall + time.perf_counter() - clock, layout)
+            if isinstance(player, LiveEvents):
+                player.write_trace(root)
+            if stopped or (leg < target and player.now >= leg):
+                _checkpoint(player, journal, wall, layout)
+                saving = _next(every, leg)
+            if stopped:
+                raise Stopped("stopped after a checkpoint, as asked")
         row = {
             **_clock(p, min(target, player.now)),
             **observer(player.outputs()),
@@ -266,17 +295,22 @@ def _play_on(
         }
         if journal:
             journal.observe(row)
-        _refuse_divergence(row, target, p.problem.has_composite)
+        _refuse_divergence(row, p.problem.has_composite)
         if progress and layout.rank == 0:
             progress(s.folder, target, horizon, row)
         guard = getattr(player, "guard", None)
         reason = _stop(s.stop, row) or (guard.refusal if guard else None) or _spent(s.stop, player)
         if reason:
             return reason
-        if target >= next_checkpoint:
+        if target >= saving:
             _checkpoint(player, journal, wall, layout)
-            next_checkpoint = (math.floor(target / every) + 1) * every
+            saving = _next(every, target)
     return "horizon"
+
+
+def _next(every: float, now: float) -> float:
+    """Return the first multiple of `every` after `now`."""
+    return math.inf if every == math.inf else (math.floor(now / every) + 1) * every
 
 
 def _checkpoint(player: Player, journal: Journal | None, wall: float, layout: Layout) -> None:
@@ -332,16 +366,23 @@ def _spent(conditions: dict[str, float] | None, player: Player) -> str | None:
 _COUNTS = frozenset({"wall_seconds", *(field.name for field in fields(Counts))})
 
 
-def _refuse_divergence(row: dict[str, Any], target: float, constrained: bool) -> None:
+ENORMOUS = 1e100
+"""What no metric of a run that converges comes near."""
+
+
+def _refuse_divergence(row: dict[str, Any], constrained: bool) -> None:
     """Raise Diverged where a number is none; the loss of a mean that a composite term forbids is infinite, rightly."""
     numbers = {name: v for name, v in row.items() if isinstance(v, float) and not name.startswith("epsilon")}
     if constrained and numbers.get("loss") == math.inf:
         del numbers["loss"]
-    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    bad = [name for name, value in numbers.items() if not abs(value) < ENORMOUS]
     if bad:
+        when = f"after round {row['round']}" if "round" in row else f"at time {row['time']:g}"
+        taken = row["gradients"] + row["dual_gradients"]
         raise Diverged(
-            f"{bad[0]} is {row[bad[0]]} at {target:g}: the run diverges. Likely a step size too large for this"
-            " problem's L, or gossip rates below what the algorithm's theory needs (`fedsim check` prints both)"
+            f"{bad[0]} is {row[bad[0]]:.3g} {when} ({taken:,} gradients, {row['communications']:,} communications): the"
+            " run diverges. Likely a step size too large for this problem's L, or gossip rates below what the"
+            " algorithm's theory needs (`fedsim check` prints both)"
         )
 
 
@@ -351,11 +392,13 @@ def observer_of(p: Prepared) -> Observer:
 
     record = p.scenario.record
     own = p.algorithm.metrics(p.setting) if isinstance(p.algorithm, SyncAlgorithm) else None
-    observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
+    with p.scenario.origin.told("record"):
+        observer = Observer(p.problem, p.layout, record.get("metrics"), record.get("step"), own)
     recorded = (*observer.names, *sorted(_COUNTS), "seconds", *(("epsilon",) if p.setting.privacy else ()))
     for name in p.scenario.stop or {}:
         if name not in recorded:
-            raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
+            with p.scenario.origin.told("stop"):
+                raise InputError(f"stop.{name}: not among what this run records ({', '.join(recorded)})")
     return observer
 
 
@@ -366,19 +409,40 @@ def _facts(p: Prepared) -> dict[str, Any]:
     from fedsim.prepare import provenance
 
     names = ("fedsim", "torch", "numpy", "scipy", "numba", "networkx")
-    guarantee = p.algorithm.guarantee(p.setting)
+    guarantee = guarantee_of(p)
     return {
         **p.scenario.identity(),
-        "scenario_digest": p.scenario.digest(),
+        **p.scenario.marks(),
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
         "machine": {"platform": platform.platform(), **prepare_machine(), "device": p.device.name},
         "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
         "problem": {"kind": p.problem.kind, "dim": p.problem.dim, **p.problem.facts()},
         "constants": [asdict(c) for c in p.algorithm.constants(p.setting)],
-        "notes": list(p.algorithm.notes(p.setting)),
+        "notes": notes(p),
         "guarantee": None if guarantee is None else asdict(guarantee),
         **provenance(p.algorithm),
     }
+
+
+def guarantee_of(p: Prepared) -> Guarantee | None:
+    """Return the algorithm's bound for this run, with the hypotheses that the way of playing breaks."""
+    found = p.algorithm.guarantee(p.setting)
+    if found is None:
+        return None
+    broken = list(found.broken)
+    if p.scenario.schedule.get("kind") == "live":
+        broken.append("real clocks are no Poisson clocks (schedule: live)")
+    if p.scenario.record.get("output") == "lazy":
+        broken.append("nodes are observed as of their last events (record.output: lazy)")
+    return replace(found, broken=tuple(broken))
+
+
+def notes(p: Prepared) -> list[str]:
+    """Return what a reader must know: what the algorithm says of this run, and whether its bits hold on any layout."""
+    from fedsim.testing.bits import broken_bits
+
+    broken = broken_bits(p)
+    return [*p.algorithm.notes(p.setting), *([broken] if broken else [])]
 
 
 def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
@@ -406,18 +470,37 @@ def final_digest(p: Prepared, player: Player) -> str | None:
     return digest(final, by_node, counts)
 
 
-def _root(folder: str | Path | None, name: str, transport: Transport) -> Path:
-    """Return where results go, chosen by rank 0.
+def _usable(folder: str | Path | None, name: str) -> Path:
+    """Return where results go.
 
     Raises:
-        InputError: results are there already.
+        InputError: results are there already, or it cannot be written to.
     """
-    root = Path(folder) if folder else folder_for(name, Path("runs"))
-    root = Path(transport.broadcast(np.frombuffer(str(root).encode(), np.uint8)).tobytes().decode())
-    taken = transport.rank == 0 and any((root / name).exists() for name in ("run.json", STUDY, "ledger.jsonl"))
-    if transport.broadcast(np.array([taken], np.uint8))[0]:
-        raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
+    try:
+        root = Path(folder) if folder else folder_for(name, Path("runs"))
+        if any((root / file).exists() for file in (RUN, STUDY, "ledger.jsonl")):
+            raise InputError(f"{root}: holds the results of an earlier run; give another folder, or remove this one")
+        place = next(path for path in (root, *root.absolute().parents) if path.exists())
+    except OSError as error:
+        raise InputError(f"{folder or 'runs'}: cannot be used: {error.strerror}; give another folder") from error
+    if not place.is_dir():
+        raise InputError(f"{root}: {place} is no folder; results need one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{root}: {place} cannot be written to; give another folder")
     return root
+
+
+@contextmanager
+def _belongs_to(root: Path, own: bool) -> Iterator[None]:
+    """Have every exception know the folder of what was run; leave none behind that a mistake left empty."""
+    try:
+        yield
+    except BaseException as error:
+        error.folder = root  # type: ignore[attr-defined]
+        if own and isinstance(error, InputError) and connected().rank == 0:
+            with suppress(OSError):
+                root.rmdir()
+        raise
 
 
 def with_digest(study: StudyResult, tuning: Sequence[Path] = ()) -> StudyResult:
@@ -432,6 +515,19 @@ def with_digest(study: StudyResult, tuning: Sequence[Path] = ()) -> StudyResult:
     if len(digests) == len(study.runs) and all(digests):
         write_whole(study.folder / STUDY, to_json({**study.facts, "digest": combined(d for d in digests if d)}) + "\n")
     return StudyResult(study.folder)
+
+
+def _live(given: dict[str, Any]) -> Live:
+    """Return objects in place of sections, after looking at what they are."""
+    from fedsim.algorithms.algorithm import Algorithm
+    from fedsim.problems.problem import Problem
+
+    for name, kind in (("problem", Problem), ("algorithm", Algorithm)):
+        value = given[name]
+        if value is not None and not isinstance(value, kind):
+            what = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+            raise InputError(f"{name}: {what} given; a section (a dictionary) or a {kind.__name__} object is needed")
+    return Live(_as_topology(given["topology"]), given["problem"], given["algorithm"])
 
 
 def _as_topology(given: Any) -> Topology | None:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim import registry
-from fedsim.checks import Mistakes, build, check_named, check_schedule, check_stop, complete, known_keys, report
+from fedsim.checks import (
+    Mistakes,
+    Origin,
+    build,
+    check_named,
+    check_schedule,
+    check_start,
+    check_stop,
+    checked,
+    complete,
+    is_section,
+    known_keys,
+)
 from fedsim.errors import InputError, did_you_mean
 from fedsim.grid import axes_of, cells_of, label
 from fedsim.reading import read_value, read_yaml
@@ -21,7 +34,7 @@ from fedsim.sections import PLAIN
 
 if TYPE_CHECKING:
     from fedsim.algorithms.algorithm import Algorithm
-    from fedsim.grid import Axes, Cell
+    from fedsim.grid import Axes
     from fedsim.prepare import Live
     from fedsim.tuning import Select
 
@@ -42,6 +55,7 @@ KEYS = (
 )
 OF_STUDY = ("variants", "short")
 NO_AXES = ("name", "claim", "seed", "seeds", "variants", "sweep", "select", "short")
+MOST_SEEDS = 100_000
 NOT_IN_DIGEST = ("name", "claim", "record", "checkpoint", "engine")
 SEED = "a whole number of at least 0 and below 2^64"
 
@@ -54,6 +68,7 @@ class Scenario:
     seed, so that they stay the same over the seeds of a study; `each`: the run's own). `variant` and `folder` name the
     run in its study; in a sweep `of` is the variant that it is a cell of, and `cell` the values of the swept keys.
     `base` is the folder that relative files are looked up from. `live` lists sections given as objects instead.
+    `origin` knows where each key was given.
     """
 
     name: str
@@ -68,6 +83,7 @@ class Scenario:
     cell: Mapping[str, Any] = field(default_factory=dict)
     live: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     def __getattr__(self, name: str) -> Any:
         if name in (*SECTIONS, "checkpoint", "engine"):
@@ -88,7 +104,13 @@ class Scenario:
         """Return what tells this run from the others of its study, as `run.json` holds it."""
         cell = {"of": self.of, "cell": dict(self.cell)} if self.cell else {}
         own = {"name": self.name, "variant": self.variant, "seed": self.seed, "base": str(self.base)}
-        return {**own, **cell}
+        objects = {"objects": list(self.live)} if self.live else {}
+        return {**own, **cell, **objects}
+
+    def marks(self) -> dict[str, Any]:
+        """Return what must be the same where a run goes on from a checkpoint: files by their hashes, digest, record."""
+        files = _named_files(self.sections, self.base)
+        return {"files": files, "scenario_digest": self.digest(), "record": dict(self.record or {})}
 
     def key(self) -> str:
         """Return the SHA-256 of all that a result file depends on: a run with the same key need not be played again.
@@ -106,11 +128,14 @@ class Scenario:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Return the resolved scenario as a file that runs by itself."""
+        """Return the resolved scenario as a file that runs by itself, unless objects stood in for sections."""
         import yaml
 
         head = {"claim": self.claim} if self.claim else {}
-        return yaml.safe_dump({**self.content(), **head}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump({**self.content(), **head}, sort_keys=False, allow_unicode=True)
+        if not self.live:
+            return text
+        return f"# {', '.join(self.live)}: given as objects from Python; this file does not run without them.\n{text}"
 
     def make_algorithm(self) -> Algorithm:
         """Return the algorithm with the scenario's parameters, not yet resolved."""
@@ -164,21 +189,23 @@ def load_study(
     if isinstance(source, str | Path):
         file = Path(source)
         content, lines = read_yaml(file)
-        base, name = Path(base or file.resolve().parent), file.stem
+        base, name, origin = Path(base or file.resolve().parent), file.stem, Origin(str(source), lines)
     else:
-        content, lines, file = copy.deepcopy(dict(source)), {}, Path("scenario")
-        base, name = Path(base or Path.cwd()), "run"
-    mistakes = Mistakes(str(source) if isinstance(source, str | Path) else "scenario", lines)
+        content, base, name, origin = _plain(source), Path(base or Path.cwd()), "run", Origin()
+    mistakes = Mistakes(origin)
+    for path, line in origin.lines.again:
+        mistakes.add(path, "stands twice; keep one", line)
     _refuse_unknown_keys(content, mistakes)
     given = tuple(s for s in ("topology", "problem", "algorithm") if live and getattr(live, s) is not None)
     if short and "short" not in content:
         mistakes.add(("short",), "this scenario has no short form; run it without --short")
-    reader = _Reader(name, base, given, live, mistakes)
-    extra = parsed(overrides)
+    extra = _overrides(overrides, mistakes)
+    title = _name(extra.get("name", content.get("name", name)), mistakes)
+    reader = _Reader(title, base, given, live, mistakes)
     grids = [reader.grid(*part) for part in _variants(content, extra, short, mistakes)]
     reader.refuse_unfair(grids)
     mistakes.refuse()
-    title, sweep = str(extra.get("name", content.get("name", name))), any(grid.axes for grid in grids)
+    sweep = any(grid.axes for grid in grids)
     runs, tuning = [r for grid in grids for r in grid.runs], [r for grid in grids for r in grid.tuning]
     return Study(
         title,
@@ -212,15 +239,17 @@ class _Reader:
     live: Live | None
     mistakes: Mistakes
 
-    def grid(self, variant: str | None, merged: dict[str, Any]) -> _Grid:
+    def grid(self, variant: str | None, merged: dict[str, Any], origin: Origin) -> _Grid:
         """Return a variant's runs: cells times seeds, and those for tuning."""
-        axes, select = _axes(merged, self.mistakes), _select(merged, self.mistakes)
-        seeds = _seeds(merged, self.mistakes)
+        mistakes = replace(self.mistakes, origin=origin)
+        axes, select = _axes(merged, mistakes), _select(merged, mistakes)
+        seeds = _seeds(merged, mistakes)
         apart = self._tuning_seeds(select, seeds)
         runs, tuning = [], []
         for cell in cells_of(axes):
-            at = self._at(merged, cell)
-            first = replace(self._scenario(at, seeds[0]), of=variant, cell=cell)
+            at = copy.deepcopy(merged)
+            changed = _apply(at, cell, ("sweep",), mistakes)
+            first = replace(self._scenario(at, seeds[0], changed), of=variant, cell=cell)
             title = label(variant, cell, axes)
             runs += [_seeded(first, at, seed, variant if select else title) for seed in seeds]
             tuning += [_seeded(first, at, seed, title) for seed in apart]
@@ -251,39 +280,32 @@ class _Reader:
             self.mistakes.add(("select", "seeds"), str(error))
             return []
 
-    def _at(self, merged: dict[str, Any], cell: Cell) -> dict[str, Any]:
-        at = copy.deepcopy(merged)
-        _apply(at, cell, ("sweep",), self.mistakes)
-        return at
-
-    def _scenario(self, merged: dict[str, Any], seed: int) -> Scenario:
+    def _scenario(self, merged: dict[str, Any], seed: int, mistakes: Mistakes) -> Scenario:
         """Check and complete every section of one run."""
         sections: dict[str, Any] = {}
         for section in ("topology", "problem", "algorithm", "schedule"):
-            if section not in merged and section not in self.given:
-                self.mistakes.add((section,), "missing; every scenario needs topology, problem, algorithm and schedule")
+            if merged.get(section) is None and section not in self.given:
+                mistakes.add((section,), "missing; every scenario needs topology, problem, algorithm and schedule")
         for key in (*SECTIONS, "checkpoint", "engine"):
-            value = merged.get(key)
-            if value is not None and not isinstance(value, Mapping):
-                such = f", such as {key}: {{kind: {value}}}" if isinstance(value, str) else ""
-                self.mistakes.add((key,), f"{value!r} given, a section with keys needed{such}")
-            elif value is not None:
-                sections[key] = dict(value)
+            if merged.get(key) is not None and is_section((key,), merged[key], mistakes):
+                sections[key] = dict(merged[key])
+        check_start(sections.get("start"), mistakes)
         for key, cls in PLAIN.items():
             if key in sections or key in ("start", "record", "engine"):
-                sections[key] = complete(key, cls, sections.get(key, {}), self.mistakes)
-        check_named(sections, self.base, self.mistakes)
-        check_stop(sections.get("stop"), self.mistakes)
-        check_schedule(sections, self.base, self.live, self.mistakes)
+                sections[key] = complete(key, cls, sections.get(key, {}), mistakes)
+        check_named(sections, self.base, mistakes)
+        check_stop(sections.get("stop"), mistakes)
+        check_schedule(sections, self.base, self.live, mistakes)
         return Scenario(
-            name=str(merged.get("name", self.name)),
+            name=self.name,
             seed=seed,
-            data_seed=_data_seed(merged, seed, self.mistakes),
+            data_seed=_data_seed(merged, seed, mistakes),
             sections=sections,
             base=self.base,
-            claim=str(merged.get("claim", "")),
+            claim=_text("claim", merged.get("claim", ""), mistakes),
             live=self.given,
             sources=_sources(sections, self.base),
+            origin=mistakes.origin,
         )
 
 
@@ -305,12 +327,16 @@ def override(content: dict[str, Any], key: str, value: Any) -> None:
         if inner is None:
             inner = place[part] = {}
         if not isinstance(inner, dict):
-            raise InputError(f"override {key}: {part!r} is {inner!r}, not a section with keys")
+            raise InputError(f"{part!r} is {inner!r}, not a section with keys")
         place = inner
-    replaces = last == "kind" or (last == "file" and path in (["topology"], ["rates"], ["mixing"]))
-    if replaces and path and place.get(last) != value:
+    if _replaces(path, last) and place.get(last) != value:
         place.clear()
     place[last] = copy.deepcopy(value)
+
+
+def _replaces(path: Sequence[str], last: str) -> bool:
+    """Return whether a key says what its section is, so that another value leaves nothing of the others."""
+    return bool(path) and (last == "kind" or (last == "file" and list(path) in (["topology"], ["rates"], ["mixing"])))
 
 
 def parsed(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -330,20 +356,65 @@ def parsed(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
+def _overrides(given: Sequence[str] | Mapping[str, Any], mistakes: Mistakes) -> dict[str, Any]:
+    """Return overrides as dotted keys and values; what is no override is a mistake."""
+    if isinstance(given, Mapping):
+        return _plain(given)
+    found: dict[str, Any] = {}
+    for text in given:
+        try:
+            found |= parsed([text])
+        except InputError as error:
+            mistakes.say(str(error))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy with NumPy's numbers, arrays, tuples and paths as what a file would hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if isinstance(value, Path) else copy.deepcopy(value)
+
+
+def _text(key: str, value: Any, mistakes: Mistakes) -> str:
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return str(value)
+    mistakes.add((key,), f"{value!r} given, a text needed")
+    return ""
+
+
+def _name(given: Any, mistakes: Mistakes) -> str:
+    """Return the study's name, which its folder (runs/NAME) can have."""
+    title = _text("name", given, mistakes)
+    bad = not title.strip() or title in (".", "..") or re.search(r"[/\0\n]", title) or len(title.encode()) > 200
+    if isinstance(given, str) and bad:
+        mistakes.add(("name",), f"{given!r} given; it names a folder: no slash, not empty, at most 200 letters")
+    return title
+
+
 def _variants(
     content: dict[str, Any], extra: dict[str, Any], short: bool, mistakes: Mistakes
-) -> Iterator[tuple[str | None, dict[str, Any]]]:
-    """Yield (variant, merged sections) for every variant."""
-    variants = content.get("variants") or {None: {}}
+) -> Iterator[tuple[str | None, dict[str, Any], Origin]]:
+    """Yield (variant, merged sections, where each key comes from) for every variant."""
+    variants: Any = content.get("variants") or {None: {}}
     if not isinstance(variants, Mapping) or not all(isinstance(v, Mapping | None) for v in variants.values()):
         mistakes.add(("variants",), "a name and a set of dotted overrides for each variant are needed")
         variants = {None: {}}
-    brief = content.get("short") or {} if short else {}
+    brief = content.get("short") or {}
+    if not isinstance(brief, Mapping):
+        mistakes.add(("short",), f"{brief!r} given; a set of dotted overrides is needed")
+        brief = {}
+    _known_sections(brief, ("short",), mistakes)
     for name, changes in variants.items():
-        merged = {key: copy.deepcopy(v) for key, v in content.items() if key not in OF_STUDY}
-        for part, where in ((changes or {}, ("variants", str(name))), (brief, ("short",)), (extra, ("command line",))):
-            _apply(merged, part, where, mistakes)
-        yield (None if name is None else str(name)), merged
+        merged, seen = {key: copy.deepcopy(v) for key, v in content.items() if key not in OF_STUDY}, mistakes
+        parts = ((changes or {}, ("variants", str(name))), (brief if short else {}, ("short",)), (extra, ("override",)))
+        for part, where in parts:
+            seen = _apply(merged, part, where, seen)
+        yield (None if name is None else str(name)), merged, seen.origin
 
 
 def _axes(merged: dict[str, Any], mistakes: Mistakes) -> Axes:
@@ -371,44 +442,62 @@ def _select(merged: dict[str, Any], mistakes: Mistakes) -> Select | None:
     if not isinstance(section, Mapping):
         mistakes.add(("select",), f"{section!r} given; metric and seeds are needed, such as {{metric: loss, seeds: 3}}")
         return None
+    known = known_keys(("select",), section, [f.name for f in fields(Select)], mistakes)
+    select = checked(("select",), Select, known, mistakes)
     try:
-        select = build(Select, known_keys(("select",), section, [f.name for f in fields(Select)], mistakes))
-        refuse_cost(select)
-        return select
+        if select is not None:
+            refuse_cost(select)
     except InputError as error:
         mistakes.add(("select", "at"), str(error))
-    except (TypeError, ValueError) as error:
-        report(("select",), error, mistakes)
-    return None
+    return select
 
 
-def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str, ...], mistakes: Mistakes) -> None:
-    for key, value in sorted(changes.items(), key=lambda item: not str(item[0]).endswith((".kind", ".file"))):
-        top, _, rest = str(key).partition(".")
+def _known_sections(changes: Mapping[str, Any], where: tuple[str, ...], mistakes: Mistakes) -> dict[str, Any]:
+    """Return the overrides of known sections; the others are mistakes."""
+    known = {}
+    for key, value in changes.items():
+        top = str(key).partition(".")[0]
         if top in OF_STUDY:
             mistakes.add((*where, str(key)), f"{top} stands in the file alone; nothing can override it")
-            continue
-        if top not in KEYS:
+        elif top not in KEYS:
             mistakes.add((*where, str(key)), f"no section {top!r}{did_you_mean(top, KEYS)}")
-            continue
-        if top == "sweep" and rest:  # the keys of a sweep are dotted themselves
-            merged["sweep"] = {**(merged.get("sweep") or {}), rest: value}
+        else:
+            known[str(key)] = value
+    return known
+
+
+def _apply(merged: dict[str, Any], changes: Mapping[str, Any], where: tuple[str, ...], mistakes: Mistakes) -> Mistakes:
+    """Override keys, outer ones first and kinds before their keys; return what enters mistakes from then on."""
+    changed = dict(mistakes.origin.changed)
+    known = _known_sections(changes, where, mistakes)
+    for key in sorted(known, key=lambda key: (key.count("."), not key.endswith((".kind", ".file")))):
+        value, path = known[key], tuple(key.split("."))
+        if path[0] == "sweep" and len(path) > 1:  # the keys of a sweep are dotted themselves
+            merged["sweep"] = {**(merged.get("sweep") or {}), key.partition(".")[2]: value}
             continue
         try:
-            override(merged, str(key), value)
+            override(merged, key, value)
         except InputError as error:
-            mistakes.add((*where, str(key)), str(error))
+            mistakes.add((*where, key), str(error))
+            continue
+        whole = path[:-1] if _replaces(path[:-1], key.rpartition(".")[2]) else path
+        changed = {p: at for p, at in changed.items() if p[: len(whole)] != whole}
+        changed[whole] = changed[path] = (where, (*where, key))
+    return replace(mistakes, origin=replace(mistakes.origin, changed=changed))
 
 
 def _seeds(merged: dict[str, Any], mistakes: Mistakes) -> list[int]:
     first, seeds = merged.get("seed", 0), merged.get("seeds", 1)
     if not _is_seed(first):
         mistakes.add(("seed",), f"{first!r} given, {SEED} needed")
-        return [0]
+        first = 0
     if isinstance(seeds, list) and seeds and all(map(_is_seed, seeds)):
-        return seeds
-    if not isinstance(seeds, int) or not _whole(seeds) or seeds < 1:
-        mistakes.add(("seeds",), f"{seeds!r} given; a number of seeds (at least 1) or a list of seeds is needed")
+        if len(set(seeds)) < len(seeds):
+            mistakes.add(("seeds",), f"{seeds!r} given; a seed stands twice, and its runs would be the same")
+        return list(dict.fromkeys(seeds))
+    if not isinstance(seeds, int) or not _whole(seeds) or not 1 <= seeds <= MOST_SEEDS:
+        text = f"a number of seeds (1 to {MOST_SEEDS:,}) or a list of seeds is needed"
+        mistakes.add(("seeds",), f"{seeds!r} given; {text}")
         return [first]
     if not _is_seed(first + seeds - 1):
         mistakes.add(("seeds",), f"{seeds} from {first} on given; the last one must be {SEED}")
@@ -471,13 +560,27 @@ def _with_folders(runs: list[Scenario], title: str, sweep: bool) -> tuple[Scenar
     """Give every run of a study a folder name that tells variant and seed, and in a sweep its content."""
     if len(runs) == 1 and not sweep:
         return (replace(runs[0], folder=title),)
-    return tuple(replace(run, folder=_folder(run, sweep)) for run in runs)
+    slugs = _slugs(run.variant for run in runs)
+    return tuple(replace(run, folder=_folder(run, slugs[run.variant], sweep)) for run in runs)
 
 
-def _folder(run: Scenario, sweep: bool) -> str:
-    parts = [*([_slug(run.variant)] if run.variant else []), f"seed{run.seed}"]
+def _slugs(variants: Iterable[str | None]) -> dict[str | None, str]:
+    """Return a name for folders per variant; names that come out alike are numbered."""
+    found: dict[str | None, str] = {None: ""}
+    for variant in variants:
+        if variant not in found:
+            plain = _slug(str(variant))
+            numbered = (f"{plain}-{number}" for number in itertools.count(2))
+            found[variant] = (
+                plain if plain not in found.values() else next(s for s in numbered if s not in found.values())
+            )
+    return found
+
+
+def _folder(run: Scenario, slug: str, sweep: bool) -> str:
+    parts = [*([slug] if slug else []), f"seed{run.seed}"]
     return "-".join([*parts, run.key()[:12]] if sweep else parts)
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e+", "e")).strip("-.").lower() or "variant"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e+", "e")).strip("-.").lower()[:100] or "variant"

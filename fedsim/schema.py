@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from pydantic import TypeAdapter
 
 from fedsim import registry
 from fedsim.checks import BESIDE
-from fedsim.scenario import KEYS
-from fedsim.sections import COSTS, HIGHER_IS_BETTER, METRICS, PLAIN
-from fedsim.topology.mixing import MixingSection
-from fedsim.topology.rates import RatesSection
+from fedsim.scenario import KEYS, MOST_SEEDS, OF_STUDY
+from fedsim.sections import COSTS, HIGHER_IS_BETTER, METRICS, PLAIN, Mixing, Rates
 from fedsim.tuning import Select
 
 STOPS = (*METRICS, "test_loss", *sorted(HIGHER_IS_BETTER), *COSTS)
@@ -36,24 +34,32 @@ def schema() -> dict[str, Any]:
             "anyOf": [{"type": "integer", "minimum": 0}, {"const": "each"}],
             "description": "seed of graph, data, partition (default: seed, for all runs; each: the run's own)",
         },
-        "seeds": {"type": ["integer", "array"], "description": "number of seeds from `seed` on, or a list of seeds"},
+        "seeds": {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MOST_SEEDS},
+                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "uniqueItems": True},
+            ],
+            "description": "number of seeds from `seed` on, or a list of seeds",
+        },
         "topology": _topology(),
-        "rates": _kinds(registry.RATES.split(), RatesSection),
-        "mixing": _kinds(registry.MIXINGS.split(), MixingSection),
         "stop": {
             "type": "object",
             "properties": {name: {"type": "number", "exclusiveMinimum": 0} for name in STOPS},
             "additionalProperties": False,
         },
-        "variants": {"type": "object", "additionalProperties": {"type": ["object", "null"]}},
+        "variants": {
+            "type": "object",
+            "description": "sets of dotted overrides, by name",
+            "additionalProperties": {**_overrides(), "type": ["object", "null"]},
+        },
         "sweep": {
             "type": "object",
             "description": "dotted keys and their values: every point of the grid is played, for every variant",
             "additionalProperties": {"anyOf": [{"type": "array", "minItems": 1}, _log_range()]},
         },
-        "short": {"type": "object", "description": "dotted overrides of the short form"},
+        "short": {**_overrides(), "description": "dotted overrides of the short form"},
     }
-    for name, cls in {**PLAIN, "select": Select}.items():
+    for name, cls in {**PLAIN, "rates": Rates, "mixing": Mixing, "select": Select}.items():
         properties[name] = _of(cls, definitions)
     definitions["data"] = _component("data", definitions, {})
     definitions["partition"] = _component("partition", definitions, {})
@@ -84,23 +90,36 @@ def _log_range() -> dict[str, Any]:
     }
 
 
+def _overrides() -> dict[str, Any]:
+    tops = "|".join(key for key in KEYS if key not in OF_STUDY)
+    return {"type": "object", "propertyNames": {"pattern": rf"^({tops})(\..+)?$"}}
+
+
 def _topology() -> dict[str, Any]:
-    return {
-        "type": "object",
-        "description": "kind and its parameters (any networkx generator), or file",
-        "properties": {
-            "kind": {"type": "string", "examples": registry.GRAPHS.split()},
-            "file": {"type": "string"},
-            "name": {"type": "string"},
-            "order": {"enum": ["rcm", "given"]},
-        },
-    }
+    """Return the kinds with short names and their parameters, a file, or another generator of networkx."""
+    from fedsim.topology.generators import SHORT, maker, parameter_names
+
+    beside = {"name": {"type": "string"}, "order": {"enum": ["rcm", "given"]}}
+    choices, names = [], [*SHORT, "server"]
+    for kind in names:
+        given = inspect.signature(maker(kind)).parameters
+        keys = {name: _NUMBERS[str(given[name].annotation)] for name in parameter_names(maker(kind))}
+        choices.append(
+            {
+                "type": "object",
+                "title": kind,
+                "description": (inspect.getdoc(maker(kind)) or "").partition("\n")[0],
+                "properties": {"kind": {"const": kind}, **keys, **beside},
+                "required": ["kind", *(n for n in keys if given[n].default is inspect.Parameter.empty)],
+                "additionalProperties": False,
+            }
+        )
+    file = {"properties": {"file": {"type": "string"}, **beside}, "required": ["file"], "additionalProperties": False}
+    other = {"properties": {"kind": {"type": "string", "not": {"enum": names}}}, "required": ["kind"]}
+    return {"type": "object", "anyOf": [*choices, file, other]}
 
 
-def _kinds(names: Sequence[str], cls: type) -> dict[str, Any]:
-    """A section that names one of `names`, or a file, and whose other keys are those of `cls`."""
-    made = _of(cls, {})
-    return {**made, "properties": {**made["properties"], "kind": {"enum": list(names)}, "file": {"type": "string"}}}
+_NUMBERS = {"int": {"type": "integer"}, "float": {"type": "number", "exclusiveMinimum": 0}}
 
 
 def _component(section: str, definitions: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:

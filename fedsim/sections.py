@@ -94,6 +94,49 @@ class Engine:
     slow: dict[int, Annotated[float, Field(ge=1, allow_inf_nan=False)]] | None = None
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How often edges exchange, for algorithms by events.
+
+    Attributes:
+        kind: uniform; metropolis (`1/(1 + max degree)`); degree (`1/d_i + 1/d_j`); sdp (optimal, with a certificate).
+        file: rates written by `fedsim rates`, or a file of one's own, in place of a kind.
+        set: what bounds them: total (all edges together), node_rate (what each node starts), node_bandwidth (what it
+            takes part in).
+        caps: the total, or each node's bound (default 1).
+        solver: of sdp; auto chooses by size, and says so.
+        prune: of sdp; drop small rates and solve again while that helps.
+        chi1: given where the graph is too large to compute it; of the normalised rates.
+        chi2: given together with chi1.
+        scale: theory (the multiple with `2 chi1 chi2 = 1`) or none (physical rates).
+    """
+
+    kind: Literal["uniform", "metropolis", "degree", "sdp"] = "uniform"
+    file: str | None = None
+    set: Literal["total", "node_rate", "node_bandwidth"] = "total"
+    caps: Positive | list[Positive] | None = None
+    solver: Literal["auto", "cvxpy", "interior_point", "surrogate"] = "auto"
+    prune: bool = False
+    chi1: Positive | None = None
+    chi2: Positive | None = None
+    scale: Literal["theory", "none"] | None = "theory"
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How neighbours are weighted, for algorithms by rounds.
+
+    Attributes:
+        kind: metropolis; max_degree; fdla or fastest_mixing (optimal, by cvxpy).
+        file: a matrix `[n, n]` (`.npy`, or scipy's sparse `.npz`) in place of a kind.
+        lazy: half a step: `(I + W) / 2`.
+    """
+
+    kind: Literal["metropolis", "max_degree", "fdla", "fastest_mixing"] = "metropolis"
+    file: str | None = None
+    lazy: bool = False
+
+
 COSTS = (
     *("gradients", "dual_gradients", "samples", "communications", "messages", "bytes", "queries", "epsilon"),
     "seconds",

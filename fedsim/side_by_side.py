@@ -42,15 +42,32 @@ def lay_out(scenario: Scenario, folder: Path) -> None:
     """Leave a folder that waits for its run, so that a study that is killed before it can be read and resumed."""
     files = RunFolder(folder)
     files.write_scenario(scenario.to_yaml())
-    files.write_run({"status": "waiting", **scenario.identity()})
+    files.write_run({"status": "waiting", **scenario.identity(), **scenario.marks()})
 
 
 def laid_out(folder: Path) -> Scenario:
-    """Return the scenario of a folder as `lay_out` (or a run) left it."""
+    """Return the scenario of a folder as `lay_out` (or a run) left it.
+
+    Raises:
+        InputError: objects from Python stood in for sections, or what the run depends on has changed since.
+    """
+    from fedsim.results.folder import from_json, to_json
     from fedsim.scenario import load_study
 
     facts = RunFolder(folder).read_run()
+    if facts.get("objects"):
+        given = ", ".join(facts["objects"])
+        raise InputError(f"{folder}: {given} were objects from Python, which a folder does not hold; run it again")
     scenario = load_study(folder / SCENARIO, base=Path(facts["base"])).runs[0]
+    for name, now in from_json(to_json(scenario.marks())).items():
+        if facts.get(name, now) != now:
+            old = facts[name]
+            parts = [part for part in {**old, **now} if old.get(part) != now.get(part)] if name == "files" else []
+            what = ", ".join(parts) or f"{SCENARIO} (its {'record section' if name == 'record' else 'content'})"
+            raise InputError(
+                f"{folder}: {what} changed since the run began, so it would not end as an uninterrupted one; put the"
+                " old one back, or start a new run"
+            )
     return replace(scenario, variant=facts["variant"], of=facts.get("of"), cell=facts.get("cell", {}))
 
 

@@ -69,6 +69,24 @@ def test_the_goal_that_nobody_named_is_not_where_runs_begin(tmp_path):
     assert near.compare().loc["A", "bytes"] == 20
 
 
+def test_a_variant_that_ends_no_better_than_it_began_has_no_say_in_the_goal(tmp_path):
+    """The others' goal stands; the one that got worse has not reached it, and no saving is claimed at nobody's cost."""
+    found = study(tmp_path, [("good", 0, [9, 3, 0.4]), ("fair", 0, [9, 6, 0.8]), ("wild", 0, [9, 50, 400])])
+    frame = found.compare()
+    assert frame.attrs["goal"] == 1
+    assert frame["reached"].tolist() == [1, 1, 0]
+
+
+def test_folders_of_one_name_are_told_apart_and_one_folder_counts_once(tmp_path):
+    """`a/out` and `b/out` are two rows, never the median of both; the same folder twice is one."""
+    for name, losses in (("a", [9, 1]), ("b", [9, 5, 1])):
+        run(tmp_path / name / "out", None, 0, losses)
+    folders = [tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / "a" / ".." / "a" / "out"]
+    frame = fedsim.compare(folders, to=("loss", 1))
+    assert frame["runs"].to_dict() == {"a/out: made": 1, "b/out: made": 1}
+    assert frame["bytes"].tolist() == [10, 20]
+
+
 def test_what_is_not_reached_is_said_and_never_a_number(tmp_path):
     """With one of three runs short of the goal there is no median, and the table says one of three."""
     runs = [("A", 0, [9, 1]), ("A", 1, [9, 1]), ("A", 2, [9, 8]), ("B", 0, [9, 1])]

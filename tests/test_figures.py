@@ -149,3 +149,53 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     empty = study(tmp_path / "b", [("A", 0, [], {"status": "waiting"})])
     with pytest.raises(InputError, match="has observed anything yet"):
         fedsim.load(empty.folder).plot()
+
+
+def test_a_format_that_is_not_written_is_refused(many, tmp_path):
+    """`--out figure.jpg` is told which formats there are; no `figure.jpg.png` appears."""
+    with pytest.raises(InputError, match=r"figure.jpg: .png, .svg, .pdf are written"):
+        many.plot(out=tmp_path / "figure.jpg")
+    many.plot(out=tmp_path / "figure.v2")
+    assert sorted(f.suffix for f in tmp_path.glob("figure*")) == [".pdf", ".png", ".svg"]
+
+
+def test_a_study_that_is_not_over_is_drawn_and_claims_nothing(tmp_path):
+    """Runs that wait have no line and no say; no caption says who needs less before all have ended."""
+    runs = [("A", 0, [9, 5, 1]), ("B", 0, [9, 1]), ("C", 0, [], {"status": "waiting"})]
+    (tmp_path / "s").mkdir()
+    found = study(tmp_path / "s", runs)
+    _, svg, _ = found.plot(against="bytes")
+    assert {"A", "B"} <= set(words(svg))
+    assert not any("fewer than" in word for word in words(svg))
+
+
+def test_studies_of_one_name_are_told_apart(tmp_path):
+    """Two folders called `out` are two lines."""
+    found = [study(tmp_path / name / "out", [("A", 0, [9, 5, 1])]) for name in ("one", "two")]
+    _, svg, _ = plot(found, out=tmp_path / "both")
+    assert {"one/out: A", "two/out: A"} <= set(words(svg))
+
+
+def test_the_bound_of_a_line_holds_for_all_its_runs(tmp_path):
+    """Runs on data of their own have bounds of their own: the dashed line is above all; dotted where one is broken."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from fedsim.results.plots import _guarantee
+
+    bound = {"metric": "loss", "source": "", "broken": []}
+    bounds = [bound | {"rate": 0.3, "prefactor": 2.0}, bound | {"rate": 0.2, "prefactor": 3.0}]
+    for broken, style in (([], "--"), (["start"], ":")):
+        given = [("A", s, [9 - s, 5, 1], {"guarantee": b | {"broken": broken}}) for s, b in enumerate(bounds)]
+        found = study(tmp_path / style.replace(":", "dotted"), given)
+        figure, axis = plt.subplots()
+        _guarantee(axis, found.runs, "loss", "round", "black")
+        (line,) = axis.lines
+        plt.close(figure)
+        assert line.get_linestyle() == style
+        for run, own in zip(found.runs, bounds, strict=True):
+            first, rounds = run.metrics["loss"].iloc[0], run.metrics["round"].to_numpy()
+            if not broken:
+                assert (
+                    line.get_ydata() >= own["prefactor"] * first * np.exp(-own["rate"] * rounds) * (1 - 1e-12)
+                ).all()

@@ -64,6 +64,44 @@ class Startless(fedsim.SyncAlgorithm):
         return s
 """
 
+BREAKS = """
+from dataclasses import dataclass
+import numpy as np
+import torch
+import fedsim
+
+class Breaks(fedsim.Problem):
+    kind = "breaks"
+    n, dim, records = 6, 3, np.zeros(6, np.int64)
+    def gradient(self, x, nodes, batch=None):
+        return x * (1 + 1e-15 * len(nodes))
+    def loss(self, x, nodes):
+        return (x.expand(len(nodes), -1) ** 2).sum(1) / 2
+
+@dataclass
+class State:
+    x: fedsim.Rows
+
+@dataclass(frozen=True)
+class Wrong(fedsim.SyncAlgorithm):
+    bad: bool = True
+    async def start(self, x0, f, rng):
+        return State(x0)
+    async def round(self, s, k, f, rng):
+        return State(await fedsim.Mix(s.x - 0.1 * f.gradient(s.x) + (1e-9 * len(s.x) if self.bad else 0.0)))
+
+class Event(fedsim.EventAlgorithm):
+    variables = ("x",)
+    def start(self, x0, gradient, mean_gradient):
+        return {"x": x0}
+    def gradient(self, v, g, count):
+        return {"x": v["x"] - 0.1 * g - 1e-9 * len(g)}
+    def message(self, v):
+        return v["x"]
+    def gossip(self, v, own, other):
+        return {"x": v["x"] - (own - other) / 2}
+"""
+
 SCENARIO = {
     "topology": {"kind": "ring", "n": 4},
     "problem": {"kind": "own.py:Absolute", "data": {"kind": "csv", "file": "lab.csv", "label": "y"}},
@@ -182,3 +220,34 @@ def test_public_functions_outlive_the_import_of_their_modules():
 
     assert callable(fedsim.check)
     assert callable(fedsim.run)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda own: {"problem": own.Breaks()}, ["own problem: gradient of node 0 is different"]),
+        (lambda own: {"algorithm": own.Wrong()}, ["own algorithm: x of node"]),
+        (lambda own: {"algorithm": own.Event()}, ["own algorithm: gradient: x of node 0 is different"]),
+        (lambda own: {"algorithm": own.Wrong(bad=False)}, []),
+        (lambda own: {}, []),
+    ],
+)
+def test_a_class_that_breaks_bit_equality_runs_and_the_result_says_so(tmp_path, change, words):
+    """`run.json` and `check` name what depends on the rows beside; a class that keeps the law has no such note."""
+    from pathlib import Path
+
+    from fedsim import registry
+
+    (tmp_path / "own.py").write_text(BREAKS)
+    own = sys.modules[registry.find("problem", "own.py:Breaks", Path(tmp_path)).__module__]
+    given = {
+        "topology": {"kind": "ring", "n": 6},
+        "problem": {"kind": "quadratic", "dim": 3},
+        "algorithm": {"kind": "dpsgd", "eta": 0.1, "batch": None},
+        "schedule": {"horizon": 2},
+    }
+    result = fedsim.run(**(given | change(own)), folder=tmp_path / "run")
+    assert result.status == "finished"
+    notes = [note for note in result.facts["notes"] if "may depend on block and ranks" in note]
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -1,7 +1,10 @@
 """The life of a run: folders, digests, checkpoints, stops, and what a mistake or a Ctrl-C leaves behind."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -378,3 +381,230 @@ def test_an_interrupted_study_is_read_and_resumed_to_its_own_digest(tmp_path):
     assert [run.status for run in found.runs] == ["finished", "interrupted", "waiting"]
     assert len(found.metrics) == 13 + 8
     assert fedsim.resume(tmp_path / "out").digest == whole.digest
+
+
+def test_a_run_killed_at_any_moment_is_read_and_resumed(tmp_path, monkeypatch):
+    """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest."""
+    from fedsim.results.journal import Journal
+
+    def keep(name):
+        shutil.copytree(tmp_path / "run", tmp_path / "killed" / name)
+
+    begin = Journal.begin
+    monkeypatch.setattr(Journal, "begin", lambda *given: (keep("before"), begin(*given))[1])
+    whole = fedsim.run(EVENTS, folder=tmp_path / "run", progress=lambda name, now, *rest: keep(f"at {now:g}"))
+    monkeypatch.setattr(Journal, "begin", begin)
+    for moment, rows in (("before", 0), ("at 0", 1), ("at 4", 5), ("at 12", 13)):
+        found = fedsim.load(tmp_path / "killed" / moment)
+        assert (found.status, len(found.metrics)) == ("waiting" if moment == "before" else "running", rows)
+        assert fedsim.resume(found.folder).digest == whole.digest
+
+
+def test_a_full_disk_ends_the_run_with_a_readable_result(tmp_path, monkeypatch):
+    """What was written stays readable, the run is marked failed in one sentence, and goes on once there is room."""
+    whole, write = fedsim.run(EVENTS, folder=tmp_path / "whole"), Recorder._write
+
+    def full(self, row):
+        if row["time"] == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, row)
+
+    monkeypatch.setattr(Recorder, "_write", full)
+    with pytest.raises(fedsim.RunError, match="results cannot be written: No space left on device") as failure:
+        fedsim.run(EVENTS, folder=tmp_path / "run")
+    assert failure.value.folder == tmp_path / "run"
+    found = fedsim.load(tmp_path / "run")
+    assert (found.status, len(found.metrics)) == ("failed", 7)
+    monkeypatch.setattr(Recorder, "_write", write)
+    assert fedsim.resume(found.folder).digest == whole.digest
+
+
+@pytest.mark.parametrize("scenario", [EVENTS, ROUNDS], ids=lambda s: s["name"])
+def test_checkpoints_come_as_often_as_they_are_asked_for(tmp_path, monkeypatch, scenario):
+    """Between two observations, too; a run that dies after one goes on from there to the same digest and metrics."""
+    from fedsim.results.journal import Journal
+
+    given = scenario | {"record": {"every": 6}, "checkpoint": {"every": 2}}
+    whole, save, times = fedsim.run(given, folder=tmp_path / "whole"), Journal.checkpoint, []
+
+    def checkpoint(self, arrays, wall):
+        save(self, arrays, wall)
+        times.append(float(arrays["now"] if "now" in arrays else arrays["round"][0]))
+        if times[-1] == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "checkpoint", checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(given, folder=tmp_path / "run")
+    assert times == [2, 4, 6, 8, 10]
+    monkeypatch.setattr(Journal, "checkpoint", save)
+    resumed = fedsim.resume(tmp_path / "run")
+    assert resumed.digest == whole.digest
+    assert resumed.metrics.drop(columns="wall_seconds").equals(whole.metrics.drop(columns="wall_seconds"))
+
+
+def interrupted(given, folder):
+    def stop(name, now, horizon, row):
+        if now == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(given, folder=folder, progress=stop)
+
+
+def test_a_run_whose_scenario_code_or_data_changed_is_not_resumed(tmp_path):
+    """It could not end as an uninterrupted one does: resume refuses by name, and goes on once the old one is back."""
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom fedsim.algorithms.dadao import DADAO\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(DADAO):\n    pass\n"
+    )
+    (tmp_path / "lab.csv").write_text("a,b,y\n" + "".join(f"{k % 7},{k * k % 5},{k / 8}\n" for k in range(30)))
+    problem = {"kind": "ridge", "l2": 1.0, "data": {"kind": "csv", "file": "lab.csv", "label": "y"}}
+    given = EVENTS | {"algorithm": {"kind": "own.py:Mine"}, "problem": problem}
+    (tmp_path / "s.yaml").write_text(json.dumps(given))
+    interrupted(tmp_path / "s.yaml", tmp_path / "run")
+    for file, words in (
+        (tmp_path / "own.py", "own.py changed since the run began"),
+        (tmp_path / "lab.csv", "lab.csv changed since the run began"),
+        (tmp_path / "run" / "scenario.yaml", r"scenario.yaml \(its content\) changed"),
+    ):
+        before = file.read_text()
+        file.write_text(before.replace("horizon: 12.0", "horizon: 14.0") if file.suffix == ".yaml" else before + "\n")
+        with pytest.raises(InputError, match=words):
+            fedsim.resume(tmp_path / "run")
+        file.write_text(before)
+    file = tmp_path / "run" / "scenario.yaml"
+    file.write_text(file.read_text().replace("every: 1.0", "every: 2.0"))
+    with pytest.raises(InputError, match="its record section"):
+        fedsim.resume(tmp_path / "run")
+    file.write_text(file.read_text().replace("every: 2.0", "every: 1.0"))
+    assert fedsim.resume(tmp_path / "run").digest == fedsim.run(tmp_path / "s.yaml", folder=tmp_path / "whole").digest
+
+
+def test_objects_are_not_in_the_folder_and_the_folder_says_so(tmp_path):
+    """A run of objects is loaded and drawn like any other; what needs the objects again says which."""
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(topology=nx.cycle_graph(12), problem=quadratic(), algorithm={"kind": "dadao"},
+                   schedule={"horizon": 9}, folder=tmp_path / "run", progress=_stop)  # fmt: skip
+    assert fedsim.load(tmp_path / "run").scenario.startswith("# topology, problem: given as objects from Python")
+    with pytest.raises(InputError, match="topology, problem were objects from Python"):
+        fedsim.resume(tmp_path / "run")
+
+
+def _stop(*row):
+    raise KeyboardInterrupt
+
+
+def test_a_folder_is_played_by_one_process_at_a_time(tmp_path):
+    """A resume of what is being played is refused: both would write the same files."""
+    words = []
+
+    def again(name, now, horizon, row):
+        if now == 3:
+            with pytest.raises(InputError) as refusal:
+                fedsim.resume(tmp_path / "run")
+            words.append(str(refusal.value))
+
+    fedsim.run(EVENTS, folder=tmp_path / "run", progress=again)
+    assert words == [f"{tmp_path / 'run'}: another process is playing this run"]
+
+
+def test_sections_beside_a_file_override_its_own(tmp_path):
+    """`fedsim.run("s.yaml", schedule=..., topology=...)` plays what it is told, not what the file had."""
+    (tmp_path / "s.yaml").write_text(json.dumps(EVENTS))
+    result = fedsim.run(
+        tmp_path / "s.yaml", schedule={"horizon": 4}, topology={"kind": "path", "n": 5}, folder=tmp_path / "run"
+    )
+    assert result.metrics["time"].iloc[-1] == 4
+    assert result.facts["topology"]["n"] == 5
+    with pytest.raises(InputError, match=r"override: schedul: unknown|no section 'schedul'"):
+        fedsim.run(tmp_path / "s.yaml", schedul={"horizon": 4}, folder=tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"algorithm": Tracking}, r"algorithm: the class Tracking given; a section .* or a Algorithm object"),
+        ({"algorithm": "dadao"}, "algorithm: str given"),
+        ({"problem": len}, "problem: builtin_function_or_method given"),
+        ({"topology": np.ones((3, 3))}, "topology: ndarray given; a networkx graph"),
+    ],
+)
+def test_what_is_no_object_of_the_kind_is_refused(tmp_path, given, message):
+    """A class in place of an object, a name, a function, an array: each is told what is needed."""
+    with pytest.raises(InputError, match=message):
+        fedsim.run(**(EVENTS | given), folder=tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_played(tmp_path):
+    """A file in place of the folder, or of one above it, is a mistake in the input."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(InputError, match=r"is no folder; results need one|cannot be used"):
+            fedsim.run(EVENTS, folder=folder)
+
+
+def test_mistakes_of_all_variants_come_in_one_report(tmp_path):
+    """What only building finds is looked for in every variant before the report is given."""
+    given = EVENTS | {"variants": {
+        "a": {}, "b": {"topology": {"kind": "ring", "n": 1}}, "c": {"topology": {"file": "none.gml"}}}}  # fmt: skip
+    for ask in (fedsim.check, lambda s: fedsim.run(s, folder=tmp_path / "run")):
+        with pytest.raises(
+            InputError, match=r"2 mistakes, nothing was run:\n.*at least 3, got 1\n.*no file 'none.gml'"
+        ):
+            ask(given)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="'distanc' is unknown"):
+        fedsim.check(EVENTS | {"record": {"metrics": ["distanc"]}})
+
+
+def test_a_failed_run_prints_its_object_and_its_folder(tmp_path):
+    """`--json` gives one object whose status is failed; the message says where, when, and what likely caused it."""
+    (tmp_path / "s.yaml").write_text(json.dumps(EVENTS | {"schedule": {"horizon": 400}}))
+    done = cli("run", "s.yaml", "algorithm={kind: gossip_sgd, step: 1e6}", "--folder", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    summary = json.loads(done.stdout)
+    assert (summary["folder"], summary["status"], summary["digest"]) == ("out", "failed", None)
+    assert re.search(
+        r"distance is \S+ at time \d+ \(\d+ gradients, \d+ communications\): the run diverges", done.stderr
+    )
+    assert "results  out" in done.stderr
+
+
+def test_the_bar_shows_what_playing_alone_took():
+    """Events per second are those of the run itself, also where another process played it; metrics follow."""
+    from fedsim.progress import _facts
+
+    row = {"time": 5.0, "distance": 0.5, "loss": 2.0, "gradients": 300, "dual_gradients": 0, "communications": 700}
+    shown = "t=5  500 events/s  distance 5.00e-01  loss 2.00e+00"
+    assert _facts(5.0, row | {"wall_seconds": 2.0}) == shown
+    assert "events/s" not in _facts(0.0, row | {"wall_seconds": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "spent"),
+    [
+        ({}, {"gradients": 72.0, "communications": 66.0}),
+        ({"algorithm": {"kind": "continuized"}}, {"dual_gradients": 132.0, "communications": 66.0}),
+        ({"algorithm": {"kind": "randomised_gossip"}}, {"gradients": 0.0, "communications": 66.0}),
+        ({"algorithm": {"kind": "gossip_sgd", "step": 0.1}}, {"gradients": 72.0, "communications": 66.0}),
+    ],
+)
+def test_check_tells_what_the_schedule_is_expected_to_cost(change, spent):
+    """Over the horizon: n gradients a unit of time, or two dual ones an exchange, and exchanges as the rates say."""
+    given = EVENTS | {"topology": {"kind": "path", "n": 6}, "rates": {"kind": "uniform", "scale": "none", "caps": 5.5}}
+    found = fedsim.check(given | change)[0]["schedule"]
+    assert found == pytest.approx({"horizon": 12.0, **spent})
+
+
+def test_a_bound_is_rate_only_where_the_way_of_playing_breaks_it(tmp_path):
+    """Real clocks and observations as of the last event are no part of the theorem, whatever the algorithm says."""
+    for change, word in (
+        ({"record": {"output": "lazy"}}, "lazy"),
+        ({"schedule": {"kind": "live", "horizon": 1}}, "clocks"),
+    ):
+        facts = fedsim.check(EVENTS | change)[0]
+        assert word in facts["guarantee"]["broken"][0]
+    for precision in (0, -1, 1, float("nan")):
+        with pytest.raises(InputError, match="a number between 0 and 1"):
+            fedsim.check(EVENTS, precision=precision)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -79,10 +80,11 @@ def test_changing_a_kind_drops_the_other_keys():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1.0e-2", 1e-2), ("2", 2), ("-.5", -0.5), ("yes", "yes"), ("null", None)]
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1.0e-2", 1e-2), ("2", 2), ("-.5", -0.5), ("yes", "yes"), ("null", None), ("010", 10), ("09", 9)],
 )
 def test_numbers_are_read_as_people_write_them(text, value):
-    """`1e-3` is a number and `yes` is a word."""
+    """`1e-3` is a number, `yes` is a word, and `010` is ten (YAML 1.2), not eight."""
     assert read_value(text) == value
     assert type(read_value(text)) is type(value)
 
@@ -133,13 +135,43 @@ stop: {distanc: 1e-3}
         ("schedule: {}", "schedule.horizon: this key is missing"),
         ("mixing: {kind: metropolis}", "dadao does not mix; leave mixing out"),
         ("rates: {kind: uniform, scale: big}", "rates.scale: input should be 'theory' or 'none' ('big' given)"),
-        ("rates: {kind: sdp, set: totall}", "rates.set: input should be 'total', 'node_rate' or 'node_bandwidth'"),
-        ("rates: {kind: sdp, prune: 'no'}", "rates.prune: input should be a valid boolean ('no' given)"),
+        ("rates: {kind: sdpp}", "or 'sdp' ('sdpp' given) (did you mean 'sdp'?)"),
+        ("rates: {kind: sdp, prune: 'yes'}", "rates.prune: 'yes' given, true or false needed"),
+        ("rates: {caps: one}", "rates.caps: input should be a valid number"),
+        ("rates: {kind: sdp, set: totl}", "rates.set: input should be 'total', 'node_rate' or 'node_bandwidth'"),
+        ("topology: {kind: ring, n: five}", "topology.n: must be an integer, got 'five'"),
+        ("topology: {kind: ring}", "topology.n: missing; it takes n"),
+        ("topology: ", "topology: missing; every scenario needs"),
+        ("schedule: ", "schedule: missing; every scenario needs"),
+        ("schedule: {horizon: true}", "schedule.horizon: true given, a number needed"),
+        ("schedule: {horizon: '3'}", "schedule.horizon: '3' given, a number needed (without quotes)"),
+        ("algorithm: {kind: dadao, gamma: true}", "algorithm.gamma: true given, a number needed"),
+        ("algorithm: {kind: dadao, gamma: .inf}", "algorithm.gamma: inf given, a finite number needed"),
+        ("algorithm: {kind: adom_plus, multi_consensus: 1}", "multi_consensus: 1 given, true or false needed"),
+        ("algorithm: {kind: 'os.path:join'}", "os.path:join is no class"),
+        ("algorithm: {kind: 'fractions:Fraction'}", "fractions:Fraction is no fedsim algorithm"),
+        ("algorithm: {kind: [dadao]}", "algorithm.kind: ['dadao'] given, a name needed"),
+        ("problem: {kind: least_squares, l2: 1, data: {kind: diabetes}}", "problem.l2: unknown key"),
+        ("problem: {kind: quadratic, normalise: rows}", "problem.normalise: unknown key"),
+        ("problem: {kind: ridge, l2: 1, data: diabetes}", "such as data: {kind: diabetes}"),
+        ("problem: {kind: ridge, l2: 1}", "problem.data: missing; ridge needs records"),
+        ("problem: {kind: quadratic, data: {kind: iris}}", "quadratic makes its own objectives; leave data out"),
+        ("problem: {kind: ridge, l2: 1, data: {kind: diabetes}, partition: iid}", "partition: {kind: iid}"),
+        ("start: {kind: given}", "start.value: missing; kind: given needs numbers"),
+        ("start: {value: [1, 2, 3]}", "start.value: goes with kind: given alone"),
+        ("algorithm: {kind: msda}\nrecord: {every: 0.3}", "record.every: 0.3 given, a whole number of rounds"),
+        ("seed: 18446744073709551616", "a whole number of at least 0 and below 2^64 needed"),
+        ("seeds: [1, 1]", "seeds: [1, 1] given; a seed stands twice"),
+        ("seed: -1\nseeds: 0", "seeds: 0 given; a number of seeds"),
+        ("name: a/b", "name: 'a/b' given; it names a folder"),
+        ("name: ", "name: None given, a text needed"),
+        ("claim: [a]", "claim: ['a'] given, a text needed"),
+        ("short: {schedul.horizon: 1}", "short.schedul.horizon: no section 'schedul' (did you mean 'schedule'?)"),
+        ("short: 3", "short: 3 given; a set of dotted overrides is needed"),
         ("rates: {kind: uniform, prune: true}", "rates.prune: is for kind: sdp"),
         ("rates: {kind: sdp, file: mine.csv}", "rates.kind: does not go with file"),
         ("mixing: {kind: fdla, file: w.npy}", "mixing.kind: does not go with file"),
-        ("mixing: {lazy: 'no'}", "mixing.lazy: input should be a valid boolean ('no' given)"),
-        ("rates: {kind: sdpp}", "'sdpp' is not known (did you mean 'sdp'?)"),
+        ("mixing: {lazy: 'no'}", "mixing.lazy: 'no' given, true or false needed"),
         ("algorithm: {kind: 'nothing.here:Class'}", "give package.module:Class or file.py:Class"),
         ("algorithm: {}", "algorithm.kind: missing"),
         ("algorithm: dadao", "'dadao' given, a section with keys needed"),
@@ -155,9 +187,105 @@ def test_each_mistake_is_refused_by_name(tmp_path, change, message):
     assert message in mistakes(tmp_path, yaml.safe_dump(sections))
 
 
-def test_a_duplicate_key_is_refused_with_its_line(tmp_path):
-    """A key that stands twice is an error, not a silent choice."""
-    assert "s.yaml:8: seed stands twice" in mistakes(tmp_path, GOOD + "seed: 5\n")
+def test_duplicate_keys_are_refused_with_their_lines(tmp_path):
+    """Keys that stand twice are mistakes like all others: each has its line, and one report has them all."""
+    report = mistakes(tmp_path, GOOD + "seed: 5\nstart: {kind: zeros, kind: normal}\nsead: 3\n")
+    assert "3 mistakes" in report
+    for part in ("s.yaml:8: seed: stands twice", "s.yaml:9: start.kind: stands twice", "s.yaml:10: sead: unknown"):
+        assert part in report
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a mapping of sections is needed"),
+        (b"- a\n- b\n", "a mapping of sections is needed"),
+        (b"name: caf\xe9\n", "s.yaml:1: not text in UTF-8 (byte 0xe9)"),
+        ("name: x\n".encode("utf-16"), "s.yaml:1: not text in UTF-8"),
+        (b'name: x\nclaim: "a\x07"\n', "s.yaml:2: not readable as YAML"),
+        (b"name: x\n\tseed: 1\n", "s.yaml:2: not readable as YAML"),
+        (b"topology:\n\tkind: ring\n", "cannot start any token; indent by spaces"),
+        (b"claim: !!python/object/apply:os.system [ls]\n", "s.yaml:1: not readable as YAML: could not determine"),
+        (b"short: &v {a: *v}\n", "s.yaml:1: short.a contains itself"),
+        (b"claim: " + b"[" * 5000, "nested too deeply"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_scenario_is_refused_with_its_line(tmp_path, content, message):
+    """Whatever bytes a file holds, the answer is one line that says where and what, never a traceback."""
+    file = tmp_path / "s.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as found:
+        load_study(file)
+    assert message in str(found.value)
+
+
+def test_a_folder_is_no_scenario(tmp_path):
+    """The path of a folder is refused as such."""
+    with pytest.raises(InputError, match="a folder; give the path of a scenario"):
+        load_study(tmp_path)
+
+
+def test_a_mistake_in_a_variant_has_the_line_of_the_variant(tmp_path):
+    """What a variant, `short` or an override changed is reported where it stands, not where the file had it."""
+    text = GOOD + "variants:\n  fine: {}\n  bad:\n    algorithm.gamma: -1\n    algorithm.gama: 1\n"
+    text += "  other:\n    algorithm.kind: a2cid2\nshort: {start.kind: zero}\n"
+    report = mistakes(tmp_path, text, short=True, overrides=["schedule.horizon=-2", "record", "engine.block=0"])
+    for part in (
+        "s.yaml:11: variants.bad.algorithm.gamma: input should be greater than 0",
+        "s.yaml:12: variants.bad.algorithm.gama: unknown key",
+        "s.yaml:14: variants.other.algorithm.step: this key is missing",
+        "s.yaml:15: short.start.kind: input should be",
+        "override: schedule.horizon: input should be greater than 0 (-2 given)",
+        "override: engine.block: input should be",
+        "override 'record': KEY=VALUE is needed",
+    ):
+        assert part in report
+
+
+def test_what_is_found_while_building_has_its_line_too(tmp_path):
+    """Mistakes that only building finds (files, sizes, names of metrics) say file and line."""
+    import fedsim
+
+    for change, message in (
+        ("topology: {file: none.gml}", r"s\.yaml:3: topology: no file"),
+        ("topology: {kind: ring, n: 1}", r"s\.yaml:3: topology ring: n must be at least 3"),
+        ("record: {metrics: [distanc]}", r"s\.yaml:7: record.metrics: 'distanc' is unknown"),
+        ("stop: {accuracy: 0.5}", r"s\.yaml:7: stop.accuracy: not among"),
+        ("start: {kind: given, value: none.npy}", r"s\.yaml:7: start.value: 'none.npy' cannot be read"),
+        ("algorithm: {kind: dadao, batch: {size: 2}}", r"s\.yaml:5: algorithm.batch: problem 'quadratic' has no"),
+    ):
+        lines = [line for line in GOOD.strip().splitlines() if line.partition(":")[0] != change.partition(":")[0]]
+        lines.insert(2 if "topology" in change else 4 if "algorithm" in change else len(lines), change)
+        with pytest.raises(InputError, match=message):
+            fedsim.run(write(tmp_path, "\n".join(lines) + "\n"), folder=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_variants_whose_names_look_alike_have_folders_of_their_own(tmp_path):
+    """No run of a study overwrites another's, whatever the variants are called."""
+    names = ["a b", "a-b", "SDP", "sdp", "\N{GREEK SMALL LETTER ETA}", "\N{GREEK SMALL LETTER MU}"]
+    given = yaml.safe_load(GOOD) | {"variants": {name: {} for name in names}, "seeds": 2}
+    folders = [run.folder for run in load_study(given).runs]
+    assert len(set(folders)) == len(folders) == 12
+    assert folders[0] == "a-b-seed4"
+
+
+def test_outer_overrides_apply_before_inner_ones(tmp_path):
+    """In whatever order they are given, `problem.kind` and `problem` leave what `problem.data.kind` says."""
+    for words in (
+        ["problem.data.kind=diabetes", "problem.kind=ridge", "problem.l2=0.1"],
+        ["problem.l2=0.1", "problem={kind: ridge}", "problem.data={kind: diabetes}"],
+    ):
+        run = load_study(write(tmp_path, GOOD), overrides=words).runs[0]
+        assert run.problem == {"kind": "ridge", "l2": 0.1, "data": {"kind": "diabetes"}}
+
+
+def test_numbers_from_numpy_are_numbers(tmp_path):
+    """A dictionary may hold NumPy's numbers, arrays, tuples and paths; the resolved file holds plain ones."""
+    given = yaml.safe_load(GOOD) | {"seed": np.int64(3), "start": {"kind": "given", "value": np.ones(3)}}
+    run = load_study(given | {"record": {"every": np.float32(2), "metrics": ("loss",)}}).runs[0]
+    assert load_study(write(tmp_path, run.to_yaml())).runs[0].digest() == run.digest()
 
 
 def test_a_missing_file_and_bad_overrides_are_refused(tmp_path):
@@ -193,6 +321,35 @@ def test_the_shipped_schema_is_current():
     from fedsim.schema import FILE, text
 
     assert json.loads(FILE.read_text()) == json.loads(text())
+
+
+def test_the_schema_accepts_all_that_is_shipped_and_rejects_typos():
+    """Editors that read the schema show no error in a shipped scenario, and one under every misspelt key or kind."""
+    jsonschema = pytest.importorskip("jsonschema")
+    from fedsim.schema import FILE
+
+    schema = jsonschema.Draft202012Validator(json.loads(FILE.read_text()))
+    for file in SCENARIOS:
+        assert schema.is_valid(read_yaml(file)[0]), file
+    good = yaml.safe_load(GOOD)
+    assert schema.is_valid(good)
+    for change in (
+        {"sead": 1},
+        {"seeds": 0},
+        {"topology": {"kind": "ring", "m": 5}},
+        {"topology": {"knid": "ring"}},
+        {"rates": {"kind": "sdp", "set": "totl"}},
+        {"rates": {"kind": "sdp", "sett": "total"}},
+        {"algorithm": {"kind": "dado"}},
+        {"algorithm": {"kind": "dadao", "gama": 1}},
+        {"problem": {"kind": "least_squares", "l2": 1, "data": {"kind": "diabetes"}}},
+        {"problem": {"kind": "ridge", "l2": 1, "data": {"kind": "diabetes", "normalize": "rows"}}},
+        {"schedule": {"horizn": 3}},
+        {"stop": {"distanc": 1}},
+        {"variants": {"a": {"algoritm.gamma": 1}}},
+        {"short": {"schedul.horizon": 1}},
+    ):
+        assert not schema.is_valid(good | change), change
 
 
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda f: f.stem)

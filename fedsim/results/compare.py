@@ -19,6 +19,7 @@ from fedsim.results.curves import (
     diverged,
     edge_notes,
     higher_is_better,
+    told_apart,
     variants,
 )
 from fedsim.results.result import Result, load
@@ -171,12 +172,12 @@ def _remarks(frame: pd.DataFrame, at: tuple[str, float] | None) -> list[str]:
 
 
 def _groups(folders: Sequence[str | Path]) -> _Groups:
-    groups = _Groups()
-    for folder in folders:
+    groups, titles = _Groups(), told_apart([Path(folder) for folder in folders])
+    for folder, whose in titles.items():
         found = load(folder)
         edges = at_edges(found)
         for name, runs in variants(found).items():
-            title = (name if len(folders) == 1 else f"{Path(folder).name}: {name}") + (EDGE if name in edges else "")
+            title = (name if len(titles) == 1 else f"{whose}: {name}") + (EDGE if name in edges else "")
             groups.runs.setdefault(title, []).extend(runs)
         groups.notes += edge_notes(found)
         states = [run.status for run in found.runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,10 +65,26 @@ def edge_notes(result: Result | StudyResult) -> list[str]:
 
 
 def common_goal(runs: Sequence[Result], metric: str) -> float | None:
-    """Return the smallest power of ten that every run ends at or below, or None where a run starts there already."""
-    worst = max(float(run.metrics[metric].iloc[-1]) for run in runs)
-    start = min(float(run.metrics[metric].iloc[0]) for run in runs)
-    if not (np.isfinite(worst) and 0 < worst < start):
+    """Return the smallest power of ten that every run ends at or below, or None where a run starts there already.
+
+    Runs that end no better than they began (and those that observed nothing) have no say: they do not reach it.
+    """
+    curves = [run.metrics[metric].to_numpy(float) for run in runs if not run.metrics.empty]
+    ends = [(float(values[0]), float(values[-1])) for values in curves if values[-1] < values[0]]
+    worst, start = max((last for _, last in ends), default=0.0), min((first for first, _ in ends), default=0.0)
+    if not 0 < worst < start:
         return None
     level = 10.0 ** np.ceil(np.log10(worst))
     return float(level) if level < start else None
+
+
+def told_apart(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return a title for each folder, once: its name, with as many of the folders above as tell it from the others."""
+    paths, titles = dict[Path, Path](), dict[Path, str]()
+    for folder in folders:
+        paths.setdefault(folder.resolve(), folder)
+    for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        titles = {folder: "/".join(path.parts[-depth:]) for path, folder in paths.items()}
+        if len(set(titles.values())) == len(titles):
+            break
+    return titles

@@ -78,8 +78,8 @@ class RunFolder:
             return {name: file[name] for name in file.files}, facts
 
     def clear(self) -> None:
-        """Remove what an earlier run left here, and nothing else."""
-        for name in (RUN, SCENARIO, "metrics.arrows", "metrics.parquet", "queries.parquet", "study.json"):
+        """Remove what an earlier run observed and saved here, and nothing else."""
+        for name in ("metrics.arrows", "metrics.parquet", "queries.parquet", "study.json"):
             (self.path / name).unlink(missing_ok=True)
         for name in (CHECKPOINT, "plots"):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.errors import InputError, RunError
 from fedsim.results.folder import RunFolder
 from fedsim.results.recorder import Recorder
 
@@ -21,10 +25,13 @@ class Journal:
     """The files of one run; `again` keeps what an interrupted run left."""
 
     def __init__(self, root: Path, scenario: Scenario, again: bool) -> None:
-        self._files, self._ended, self._writing = RunFolder(root), False, threading.Lock()
-        if not again:
-            self._files.clear()
+        self._files, self._ended, self._writing = _made(root), False, threading.Lock()
+        self._recorder: Recorder | None = None
+        self._held = _held(root)
+        if not again:  # from here on the folder is one that can be read and resumed, whenever the process dies
             self._files.write_scenario(scenario.to_yaml())
+            self._files.write_run({"status": "waiting", **scenario.identity(), **scenario.marks()})
+            self._files.clear()
 
     @cached_property
     def saved(self) -> dict[str, NDArray] | None:
@@ -38,16 +45,21 @@ class Journal:
 
     def begin(self, facts: dict[str, Any], rows: int) -> None:
         """Say that the run is going on, and keep the first `rows` of its metrics."""
-        self._recorder = Recorder(self._files.path, keep=rows)
-        self._files.write_run(facts)
+        with self._told():
+            self._recorder = Recorder(self._files.path, keep=rows)
+            self._files.write_run(facts)
 
     def observe(self, row: dict[str, Any]) -> None:
         """Write one row of metrics."""
-        self._recorder.append(row)
+        assert self._recorder is not None
+        with self._told():
+            self._recorder.append(row)
 
     def checkpoint(self, arrays: dict[str, NDArray], wall: float) -> None:
         """Save the whole state together with the length of the metrics."""
-        self._files.save_checkpoint(arrays, {"rows": len(self._recorder), "wall_seconds": wall})
+        assert self._recorder is not None
+        with self._told():
+            self._files.save_checkpoint(arrays, {"rows": len(self._recorder), "wall_seconds": wall})
 
     def note(self, facts: dict[str, Any]) -> None:
         """Write what is known of a run that is about to be ended from outside, by whoever watches it.
@@ -60,7 +72,45 @@ class Journal:
 
     def end(self, facts: dict[str, Any]) -> None:
         """Close the metrics and write how the run ended."""
-        self._recorder.close()
-        with self._writing:
-            self._ended = True
-            self._files.write_run(facts)
+        with self._told():
+            try:
+                if self._recorder is not None:
+                    self._recorder.close()
+            finally:
+                with self._writing:
+                    self._ended = True
+                    os.close(self._held)
+                    self._files.write_run(facts)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self._files.path}: results cannot be written: {error.strerror or error}") from error
+
+
+def _made(root: Path) -> RunFolder:
+    try:
+        return RunFolder(root)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be made: {error.strerror}; give another folder") from error
+
+
+def _held(root: Path) -> int:
+    """Hold the folder while it is written to; the system lets go where the process ends.
+
+    Raises:
+        InputError: another process plays it, so that a resume would write over what it writes.
+    """
+    import fcntl
+
+    held = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise InputError(f"{root}: another process is playing this run") from None
+    except OSError:  # a file system without locks
+        pass
+    return held

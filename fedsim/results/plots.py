@@ -19,6 +19,7 @@ from fedsim.results.curves import (
     diverged,
     edge_notes,
     higher_is_better,
+    told_apart,
     variants,
 )
 
@@ -82,7 +83,10 @@ def plot(
     """
     from fedsim.results import experts
 
-    results = list(result) if isinstance(result, Sequence) else [result]
+    given = list(result) if isinstance(result, Sequence) else [result]
+    results = list({found.folder.resolve(): found for found in given}.values())
+    if out is not None and Path(out).suffix.lower() in OTHER_FORMATS:
+        raise InputError(f"plot: {out}: {', '.join(FORMATS)} are written; give one of these, or a name without suffix")
     drawn = _Drawn([run for found in results for run in found.runs if not run.metrics.empty], _lines(results))
     if not drawn.runs:
         raise InputError(f"plot: no run in {results[0].folder} has observed anything yet")
@@ -113,10 +117,12 @@ class _Drawn:
 
 def _lines(results: Sequence[Result | StudyResult]) -> dict[str, list[Result]]:
     lines: dict[str, list[Result]] = {}
+    titles = told_apart([result.folder for result in results])
     for result in results:
         edges = at_edges(result)
         for name, runs in variants(result).items():
-            title = (name if len(results) == 1 else f"{result.folder.name}: {name}") + (EDGE if name in edges else "")
+            whose = name if len(results) == 1 else f"{titles[result.folder]}: {name}"
+            title = whose + (EDGE if name in edges else "")
             lines.setdefault(title, []).extend(run for run in runs if not run.metrics.empty)
     return lines
 
@@ -177,10 +183,11 @@ def _wrapped(notes: list[str], inches: float) -> str:
 def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: float | None = None) -> str:
     """Return one line: what each variant paid (median over seeds) for the same precision, and the saving.
 
-    Variants that do not reach the goal in every run are named as such, never given a number.
+    Variants that do not reach the goal in every run are named as such, never given a number. Empty where runs are left
+    to play.
     """
     groups = variants(result)
-    if len(groups) < 2 or cost in CLOCKS:
+    if len(groups) < 2 or cost in CLOCKS or any(run.status not in ("finished", "failed") for run in result.runs):
         return ""
     level = goal if goal is not None else _default_goal(result, metric)
     if level is None:
@@ -209,7 +216,7 @@ def _panel(axis: Axes, drawn: _Drawn, metric: str, cost: str, theory: bool) -> N
     for index, (name, runs) in enumerate(drawn.lines.items()):
         _line(axis, runs, metric, cost, name, index)
         if theory and runs and cost in (*CLOCKS, "gradients"):
-            _guarantee(axis, runs[0], metric, cost, COLOURS[index % len(COLOURS)])
+            _guarantee(axis, runs, metric, cost, COLOURS[index % len(COLOURS)])
     _floor(axis, drawn.runs[0], metric, cost)
     if _positive(drawn.runs, metric):
         axis.set_yscale("log")
@@ -274,23 +281,23 @@ def _broken_off(axis: Axes, run: Result, metric: str, cost: str, look: dict[str,
         axis.plot(costs[seen][-1:], values[seen][-1:], marker="x", markersize=6, color=look["color"])
 
 
-def _guarantee(axis: Axes, run: Result, metric: str, cost: str, colour: str) -> None:
-    """Draw the bound dashed where its hypotheses hold; elsewhere its slope alone, dotted, and called so."""
-    bound = run.facts.get("guarantee")
-    if not bound or bound["metric"] != metric or run.metrics.empty:
+def _guarantee(axis: Axes, runs: Sequence[Result], metric: str, cost: str, colour: str) -> None:
+    """Draw the bound dashed where its hypotheses hold; elsewhere its slope alone, dotted, and called so.
+
+    Of runs on data of their own, whose bounds differ, the weakest: it holds for all of them.
+    """
+    bounds = [bound for run in runs if (bound := run.facts.get("guarantee")) and bound["metric"] == metric]
+    if len(bounds) < len(runs):
         return
-    frame = run.metrics
+    frame = runs[0].metrics
     clock = next(c for c in CLOCKS if c in frame)
-    time, costs, first = (
-        frame[clock].to_numpy(float),
-        frame[cost].to_numpy(float),
-        float(frame[metric].iloc[0]),
-    )
-    holds = not bound["broken"]
-    curve = (bound["prefactor"] if holds else 1.0) * first * np.exp(-bound["rate"] * time)
+    time, costs = frame[clock].to_numpy(float), frame[cost].to_numpy(float)
+    first = max(float(run.metrics[metric].iloc[0]) for run in runs)
+    holds = not any(bound["broken"] for bound in bounds)
+    prefactor, rate = max(bound["prefactor"] for bound in bounds), min(bound["rate"] for bound in bounds)
     axis.plot(
         costs,
-        curve,
+        (prefactor if holds else 1.0) * first * np.exp(-rate * time),
         color=colour,
         linestyle="--" if holds else ":",
         linewidth=1.0,
@@ -349,10 +356,11 @@ def _positive(runs: Sequence[Result], metric: str) -> bool:
 
 def _default_goal(result: Result | StudyResult, metric: str) -> float | None:
     runs = [run for run in result.runs if not diverged(run)]
-    return None if not runs or higher_is_better(metric) else common_goal(runs, metric)
+    return None if higher_is_better(metric) else common_goal(runs, metric)
 
 
 FORMATS = (".png", ".svg", ".pdf")
+OTHER_FORMATS = (".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".webp", ".bmp", ".eps", ".ps")
 MANY = 1e4  # from which a cost is a large one
 BLOWN = 1e4  # how many times its start a metric may grow before it is out of view
 HUGE = 1e100

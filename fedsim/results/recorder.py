@@ -31,9 +31,7 @@ class Recorder:
         self._writer: Any = None
         self._sink: Any = None
         if self._rows:
-            self._open(self._rows[0])
-            for row in self._rows:
-                self._write(row)
+            self._open(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -46,9 +44,10 @@ class Recorder:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; its keys must be those of the first."""
         if self._writer is None:
-            self._open(row)
+            self._open([row])
+        else:
+            self._write(row)
         self._rows.append(row)
-        self._write(row)
 
     def close(self) -> None:
         """Turn the stream into `metrics.parquet` (temporary name, then renamed) and remove the stream."""
@@ -57,22 +56,32 @@ class Recorder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._writer.close()
-        self._sink.close()
-        self._writer = None
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):  # a full disk: all whole rows are there
+            writer.close()
+            self._sink.close()
         temporary = self._folder / (PARQUET + ".tmp")
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=self._schema), temporary)
-        os.replace(temporary, self._folder / PARQUET)
+        try:
+            pq.write_table(pa.Table.from_pylist(self._rows, schema=self._schema), temporary)
+            os.replace(temporary, self._folder / PARQUET)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         (self._folder / STREAM).unlink()
 
-    def _open(self, row: dict[str, Any]) -> None:
+    def _open(self, rows: list[dict[str, Any]]) -> None:
+        """Begin the stream with these rows; it stands under its name once it holds them all."""
         import pyarrow as pa
 
         self._schema = pa.schema(
-            [(name, pa.int64() if isinstance(v, int) else pa.float64()) for name, v in row.items()]
+            [(name, pa.int64() if isinstance(v, int) else pa.float64()) for name, v in rows[0].items()]
         )
-        self._sink = pa.OSFile(str(self._folder / STREAM), "wb")
+        temporary = self._folder / (STREAM + ".tmp")
+        self._sink = pa.OSFile(str(temporary), "wb")
         self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        for row in rows:
+            self._write(row)
+        os.replace(temporary, self._folder / STREAM)
 
     def _write(self, row: dict[str, Any]) -> None:
         import pyarrow as pa

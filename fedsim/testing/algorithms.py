@@ -114,7 +114,9 @@ def check_algorithm(
         _check_blocks(play, whole, report, length)
         _check_states(play, report)
     elif isinstance(algorithm, EventAlgorithm):
-        _check_functions(algorithm, problem, report, seed)
+        check_functions(algorithm, problem, seed, problem.n)
+        functions = "start, flow, point, gradient, message, gossip and output"
+        report.held.append(f"{functions} give the same bits in any block of rows, and leave their arguments alone")
     else:
         _check_players(play, whole, report, length)
     with generators(2):
@@ -172,18 +174,27 @@ def _check_states(play: _Play, report: Report) -> None:
     report.held.append("rounds leave the state that they are given unmodified")
 
 
-def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report, seed: int) -> None:
-    """Hold each function of rows to its rows: any block gives the bits that all rows give together."""
+def check_rounds(algorithm: SyncAlgorithm, problem: Problem, rounds: int) -> None:
+    """Hold some rounds to their rows: any block gives the bits that all rows give together."""
+    play = _Play(algorithm, problem, None, 0)
+    whole = play.states(rounds, transport="local")
+    for block in BLOCKS[:3]:
+        how = f"in blocks of {block} rows than in one of all rows"
+        _same(play, whole, play.states(rounds, transport="local", block=block), how)
+
+
+def check_functions(algorithm: EventAlgorithm, problem: Problem, seed: int, rows: int) -> None:
+    """Hold each function of so many rows to its rows: any block gives the bits that all rows give together."""
     from fedsim.engine.streams import RoundDraws, Streams
 
-    draws = RoundDraws(Streams(seed), np.arange(problem.n), 0)
-    sizes = torch.from_numpy(_sizes(problem.n))
+    draws = RoundDraws(Streams(seed), np.arange(rows), 0)
+    sizes = torch.from_numpy(_sizes(rows))
 
-    def rows(name: str) -> torch.Tensor:
+    def drawn(name: str) -> torch.Tensor:
         return (sizes * draws.normal(name, problem.dim)).to(problem.dtype)
 
-    v = {name: rows(name) for name in algorithm.variables}
-    x0, g, other, mean = rows("start"), rows("gradient"), rows("message"), rows("mean")[:1]
+    v = {name: drawn(name) for name in algorithm.variables}
+    x0, g, other, mean = drawn("start"), drawn("gradient"), drawn("message"), drawn("mean")[:1]
     time, count = draws.uniform("elapsed", 1), draws.integers("count", 1, 100)
     calls: dict[str, tuple[Argument, ...]] = {
         "start": (x0, g, mean),
@@ -197,12 +208,11 @@ def _check_functions(algorithm: EventAlgorithm, problem: Problem, report: Report
     for name, arguments in calls.items():
         whole = _called(algorithm, name, arguments, slice(None))
         for block in BLOCKS:
-            for begin in range(0, problem.n, block):
+            for begin in range(0, rows, block):
                 chosen = slice(begin, begin + block)
                 for part, value in _called(algorithm, name, arguments, chosen).items():
                     if value.tobytes() != whole[part][chosen].tobytes():
                         raise AssertionError(f"{name}: {part} of node {begin} is different in blocks of {block}{HINT}")
-    report.held.append(f"{', '.join(calls)} give the same bits in any block of rows, and leave their arguments alone")
 
 
 def _called(

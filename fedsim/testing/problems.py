@@ -53,6 +53,20 @@ def _checked(problem: Problem, seed: int) -> Report:
     return report
 
 
+def check_rows(problem: Problem, x: torch.Tensor) -> None:
+    """Hold the gradients of the first nodes at `x [rows, dim]` to their rows, in blocks of 1, 2, 3 and all of them."""
+    streams, nodes = Streams(0), np.arange(len(x))
+
+    def gradient(chosen: NDArray[np.int64]) -> torch.Tensor:
+        return BlockOracle(problem, chosen, streams, Counts()).gradient(x[torch.from_numpy(chosen)])
+
+    whole = gradient(nodes)
+    for size in BLOCKS[:3]:
+        for begin in range(0, len(nodes), size):
+            part = nodes[begin : begin + size]
+            _same("gradient", gradient(part), whole[torch.from_numpy(part)], part, f"in the block of nodes {part}")
+
+
 class _Subject:
     """A problem with points, directions and minibatches to try it on."""
 

@@ -193,26 +193,30 @@ def bind(kind: str, make: Callable[..., Any], parameters: Mapping[str, Any]) -> 
         if name not in allowed:
             known = ", ".join(allowed) or "no parameters"
             raise InputError(f"topology {kind}: unknown key {name!r}{did_you_mean(name, allowed)}; it takes {known}")
-    signature = inspect.signature(make).parameters
-    missing = [p for p in allowed if signature[p].default is inspect.Parameter.empty and p not in parameters]
-    missing = [
-        p for p in missing if signature[p].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for name, text in wrong_parameters(make, parameters):
+        raise InputError(f"topology {kind}: {name} {text}")
+    return dict(parameters)
+
+
+def wrong_parameters(make: Callable[..., Any], parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, what is wrong) for parameters that a generator lacks, or that have the wrong type."""
+    allowed, signature = parameter_names(make), inspect.signature(make).parameters
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [
+        p for p in allowed if signature[p].default is inspect.Parameter.empty and signature[p].kind not in variadic
     ]
-    if missing:
-        raise InputError(f"topology {kind}: {', '.join(missing)} missing; it takes {', '.join(allowed)}")
-    return {name: _typed(kind, name, value, str(signature[name].annotation)) for name, value in parameters.items()}
+    found = [(name, f"missing; it takes {', '.join(allowed)}") for name in needed if name not in parameters]
+    for name, value in parameters.items():
+        wanted, number = str(signature[name].annotation), not isinstance(value, bool)
+        if wanted == "int" and not (number and isinstance(value, int | np.integer)):
+            found.append((name, f"must be an integer, got {value!r}"))
+        if wanted == "float" and not (number and isinstance(value, int | float) and value > 0):
+            found.append((name, f"must be a positive number, got {value!r}"))
+    return found
 
 
 def _server(n: int) -> None:
     """`n` nodes without edges, which meet only in sums."""
-
-
-def _typed(kind: str, name: str, value: Any, wanted: str) -> Any:
-    if wanted == "int" and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise InputError(f"topology {kind}: {name} must be an integer, got {value!r}")
-    if wanted == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-        raise InputError(f"topology {kind}: {name} must be a positive number, got {value!r}")
-    return value
 
 
 def _from_networkx(kind: str, make: Callable[..., Any], given: dict[str, Any], title: str, order: Order) -> Topology:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology.spectral import laplacian, mixing_gap
@@ -20,21 +18,6 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 TOLERANCE = 1e-12
-
-
-@dataclass(frozen=True)
-class MixingSection:
-    """What a scenario's `mixing` may say.
-
-    Attributes:
-        kind: metropolis, max_degree, fdla or fastest_mixing.
-        file: a .npy array [n, n] or a scipy sparse .npz over node numbers, in place of kind.
-        lazy: (I + W) / 2 in place of W.
-    """
-
-    kind: str = "metropolis"
-    file: str | None = None
-    lazy: Annotated[bool, Field(strict=True)] = False
 
 
 def metropolis(topology: Topology) -> Vector:

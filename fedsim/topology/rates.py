@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
+from fedsim import sections
 from fedsim.errors import InputError, did_you_mean
 from fedsim.topology import cache
 from fedsim.topology.optimise import Solver, check_solver, optimise
@@ -24,38 +24,10 @@ from fedsim.topology.topology import Topology
 __all__ = ["Rates", "build_rates", "gossip_rates", "read_rates", "write_rates"]
 
 Vector = NDArray[np.float64]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 KINDS = (*SCHEMES, "sdp")
 
 
-@dataclass(frozen=True)
-class RatesSection:
-    """What a scenario's `rates` may say: a kind with its keys, or a file.
-
-    Attributes:
-        kind: uniform, metropolis, degree or sdp.
-        file: a table u,v,rate, or a topology's YAML with `rates`.
-        set: what the network affords: one budget for all edges, or a cap for what each node starts or takes part in.
-        caps: the budget, or the nodes' cap: one number, or one for each node.
-        solver: for sdp; auto chooses by size.
-        prune: for sdp; drop small rates and solve again while that helps.
-        chi1: of the normalised rates, where the graph is too large to compute it (with chi2).
-        chi2: as chi1.
-        scale: theory sets the rates to 2 chi1 chi2 = 1, none keeps them.
-    """
-
-    kind: str = "uniform"
-    file: str | None = None
-    set: SetKind = "total"
-    caps: Positive | list[Positive] = 1.0
-    solver: Solver = "auto"
-    prune: Annotated[bool, Field(strict=True)] = False
-    chi1: Positive | None = None
-    chi2: Positive | None = None
-    scale: Literal["theory", "none"] = "theory"
-
-
-KEYS = tuple(f.name for f in fields(RatesSection))
+KEYS = tuple(f.name for f in fields(sections.Rates))
 
 
 def clashes(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

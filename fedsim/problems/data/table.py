@@ -201,8 +201,9 @@ def checked(data: Data, constant: Constant = "refuse") -> Data:
                          f"{record}; fill them or remove those records")  # fmt: skip
     largest = max(float(np.abs(data.features).max()), float(np.abs(data.labels).max()))
     if largest > LARGEST:
-        raise InputError(f"data {data.name!r}: a value of {largest:.2g}, whose square is out of range; give that column "
-                         "in larger units")  # fmt: skip
+        raise InputError(
+            f"data {data.name!r}: a value of {largest:.2g}, whose square is out of range; give that column in larger units"
+        )
     if data.task != "regression" and len(np.unique(data.labels)) < 2:
         only = data.classes[int(data.labels[0])]
         raise InputError(f"data {data.name!r}: all {len(data)} records are of one class, {only!r}: nothing to learn")
