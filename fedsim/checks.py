@@ -84,6 +84,7 @@ def check_named(sections: dict[str, Any], base: Path, mistakes: Mistakes) -> Non
         if section in sections:
             _check_component((section,), section, sections[section], base, mistakes)
     problem = sections.get("problem", {})
+    _check_patterns(problem.get("composite"), mistakes)
     for part in ("data", "partition", "composite"):
         if isinstance(problem.get(part), Mapping):
             _check_component(("problem", part), part, problem[part], base, mistakes)
@@ -103,7 +104,7 @@ BESIDE = {
     "problem": ("data", "partition", "composite", "normalise", "standardise", "bias", "weights", "l2"),
     "data": ("normalise", "bias"),
     "partition": (),
-    "composite": (),
+    "composite": ("parameters",),
     "algorithm": (),
 }
 
@@ -139,6 +140,14 @@ def _check_component(
         mistakes.add(path, str(error))
     except Exception as error:
         report(path, error, mistakes)
+
+
+def _check_patterns(composite: Any, mistakes: Mistakes) -> None:
+    patterns = composite.get("parameters") if isinstance(composite, Mapping) else None
+    fits = isinstance(patterns, Sequence) and not isinstance(patterns, str) and bool(patterns)
+    if patterns is not None and not (fits and all(isinstance(name, str) for name in patterns)):
+        text = "given; a list of names of the model's tensors is needed, such as ['*weight']"
+        mistakes.add(("problem", "composite", "parameters"), f"{patterns!r} {text}")
 
 
 def _check_topology(values: Mapping[str, Any] | None, base: Path, mistakes: Mistakes) -> None:

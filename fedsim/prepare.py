@@ -17,7 +17,7 @@ from fedsim.engine.layout import Layout
 from fedsim.engine.machine import usable
 from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
-from fedsim.problems.problem import refuse_undeclared
+from fedsim.problems.problem import refuse_step, refuse_undeclared
 from fedsim.setting import RunSetting
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
             f"problem.composite: {name} has no prox and would minimise f without r; these have: {', '.join(have)}"
             " (one's own says so by `proximal: ClassVar[bool] = True`)"
         )
+    refuse_step(problem, float(getattr(algorithm, "eta", 0.0)), "algorithm.eta")
     sync = isinstance(algorithm, SyncAlgorithm)
     rates = None if sync or topology.is_server else _once(
         shared, ("rates", scenario.topology, scenario.rates), lambda: _rates(scenario, topology)

@@ -181,7 +181,7 @@ def run_one(
     guard = getattr(player, "guard", None)
     if guard is not None:
         guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
-    facts |= player.facts() | _non_private(observer, guard)
+    facts |= player.facts() | observer.facts | _non_private(observer, guard)
     facts["status"] = "running"
     if journal:
         journal.begin(facts, done)

@@ -250,6 +250,11 @@ class _Reader:
             self.mistakes.add(("select", "seeds"), str(error))
             return []
 
+    def _starts_itself(self, problem: Mapping[str, Any]) -> bool:
+        """Return whether nodes start from the problem's own point unless told otherwise: a network's first weights."""
+        given = self.live.problem if self.live else None
+        return problem.get("kind") == "module" if given is None else given.own_start
+
     def _at(self, merged: dict[str, Any], cell: Cell) -> dict[str, Any]:
         at = copy.deepcopy(merged)
         _apply(at, cell, ("sweep",), self.mistakes)
@@ -268,6 +273,8 @@ class _Reader:
                 self.mistakes.add((key,), f"{value!r} given, a section with keys needed{such}")
             elif value is not None:
                 sections[key] = dict(value)
+        if self._starts_itself(sections.get("problem", {})):
+            sections["start"] = {"kind": "problem", **sections.get("start", {})}
         for key, cls in PLAIN.items():
             if key in sections or key in ("start", "record", "engine"):
                 sections[key] = complete(key, cls, sections.get(key, {}), self.mistakes)

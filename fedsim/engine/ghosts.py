@@ -29,6 +29,7 @@ class Ghosts:
 
     Attributes:
         positions: int64 `[ghosts]`, where they stand. nodes: their node numbers.
+        copies: public copies of theirs `[ghosts, dim]`, by name, which their packets move.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -45,6 +46,7 @@ class Ghosts:
         self._from = {int(r): self.positions[owners == r] for r in np.unique(owners)}
         far_owner = layout.owner(far)
         self._to = {r: np.unique(own[far_owner == r]) - layout.lo for r in self._from}
+        self.copies: dict[str, NDArray] = {}
 
     def local(self, csr: Csr) -> Csr:
         """Return this rank's rows of a matrix over positions; columns are own rows, then ghosts, order kept."""
@@ -118,6 +120,23 @@ class Ghosts:
             for position, end, length in zip(self._from[peer], ends, lengths[peer], strict=True):
                 far[np.searchsorted(self.positions, position)] = packets[0].decode(body[end - length : end].tobytes())
         return far
+
+    def bring_copies(
+        self, name: str, copies: Sequence[torch.Tensor], packets: Sequence[Packet], blocks: Sequence[slice]
+    ) -> NDArray | None:
+        """Return the ghosts' public copies `[ghosts, dim]`, moved by what their packets say; None with one rank.
+
+        Those that this rank does not hold (at first, and after a checkpoint) come whole: all know what they start from.
+
+        Raises:
+            RunError: as `bring`.
+        """
+        before = self.copies.get(name)
+        far = self.bring(copies) if before is None else self.bring_packed(packets, blocks)
+        if far is None:
+            return None
+        self.copies[name] = far if before is None else before + far
+        return self.copies[name]
 
     def _check(self, peer: int, theirs: Ints, mine: Ints) -> None:
         if not np.array_equal(theirs, mine):
