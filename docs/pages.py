@@ -38,9 +38,12 @@ def page(kind: str) -> str:
 
 def default(f: Any) -> str:
     """Return a field's default as a scenario writes it."""
-    if f.default is MISSING:
+    value = f.default if f.default_factory is MISSING else f.default_factory()
+    if value is MISSING:
         return "must be given"
-    return f"`{'null' if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default}`"
+    if isinstance(value, dict):
+        value = "{" + ", ".join(f"{key}: {inner}" for key, inner in value.items()) + "}"
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def scenarios(kind: str) -> list[str]:

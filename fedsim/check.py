@@ -117,6 +117,11 @@ def _warnings(p: Prepared) -> list[str]:
     found = notes(p)
     if p.problem.mu is not None and p.setting.mu == 0:
         found.append("mu = 0: linear rates of the theory are void for this problem")
+    if p.problem.weak_convexity:
+        rho = p.problem.weak_convexity
+        found.append(
+            f"problem.composite is weakly convex, rho = {rho:g}: its prox needs steps below 1/rho = {1 / rho:g}"
+        )
     if p.problem.L is None:
         found.append("L is unknown: step sizes are yours to choose")
     if p.scenario.start.get("kind", "zeros") == "zeros" and p.problem.kind == "module":

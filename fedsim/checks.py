@@ -178,6 +178,7 @@ def check_named(sections: dict[str, Any], base: Path, mistakes: Mistakes) -> Non
         if section in sections:
             _check_component((section,), section, sections[section], base, mistakes)
     problem = sections.get("problem", {})
+    _check_patterns(problem.get("composite"), mistakes)
     for part in ("data", "partition", "composite"):
         if problem.get(part) is not None and is_section(("problem", part), problem[part], mistakes):
             _check_component(("problem", part), part, problem[part], base, mistakes)
@@ -210,7 +211,7 @@ BESIDE = {
     "problem": ("data", "partition", "composite"),
     "data": (),
     "partition": (),
-    "composite": (),
+    "composite": ("parameters",),
     "algorithm": (),
 }
 
@@ -265,6 +266,14 @@ def _check_records(kind: str, cls: Any, values: Mapping[str, Any], mistakes: Mis
     for name in ("data", "partition"):
         if not cls.needs_data and values.get(name) is not None:
             mistakes.add(("problem", name), f"{kind} makes its own objectives; leave {name} out")
+
+
+def _check_patterns(composite: Any, mistakes: Mistakes) -> None:
+    patterns = composite.get("parameters") if isinstance(composite, Mapping) else None
+    fits = isinstance(patterns, Sequence) and not isinstance(patterns, str) and bool(patterns)
+    if patterns is not None and not (fits and all(isinstance(name, str) for name in patterns)):
+        text = "given; a list of names of the model's tensors is needed, such as ['*weight']"
+        mistakes.add(("problem", "composite", "parameters"), f"{patterns!r} {text}")
 
 
 def _check_topology(values: Mapping[str, Any] | None, base: Path, mistakes: Mistakes) -> None:

@@ -16,7 +16,7 @@ from fedsim.transport.local import LocalTransport
 from fedsim.transport.transport import Transport, as_bytes
 
 if TYPE_CHECKING:
-    from fedsim.engine.counts import Counts
+    from fedsim.engine.counts import Counts, Packed
     from fedsim.engine.layout import Layout
     from fedsim.watch import Watch
 
@@ -111,7 +111,7 @@ def made_by_rank_0(make: Callable[[], dict[str, Any]], transport: Transport) -> 
     return found["made"]
 
 
-def counts_of_all(counts: Counts, layout: Layout) -> dict[str, int]:
+def counts_of_all(counts: Counts | Packed, layout: Layout) -> dict[str, int]:
     """Return the counts over all ranks: sums, and for `exchanges` (steps that cannot overlap) the most."""
     mine = counts.as_dict()
     if layout.size == 1:

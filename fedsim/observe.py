@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedsim.engine.sums import total
 from fedsim.errors import InputError, did_you_mean
+from fedsim.problems.problem import refuse_step
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,11 @@ class Observer:
         self.names = (*default, *families) if names is None else tuple(_expanded(names, possible))
         self._step = step if step is not None else _default_step(problem)
         self._refuse_unknown()
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What a reader of the metrics must know beside them: the step of the mapping in `stationarity`."""
+        return {"stationarity_step": self._step} if "stationarity" in self.names and self._step is not None else {}
 
     def __call__(self, x: torch.Tensor) -> dict[str, float]:
         """Return the metrics by name, in the order asked for."""
@@ -112,6 +118,8 @@ class Observer:
             )
         if "stationarity" in self.names and self._step is None:
             raise InputError("record.metrics: 'stationarity' needs record.step, since L is unknown for this problem")
+        if "stationarity" in self.names and self._step is not None:
+            refuse_step(self._problem, self._step, "record.step")
 
 
 def _expanded(names: Sequence[str], extra: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from fedsim.engine.layout import Layout
 from fedsim.engine.machine import Device, usable
 from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
-from fedsim.problems.problem import refuse_undeclared
+from fedsim.problems.problem import refuse_step, refuse_undeclared
 from fedsim.setting import RunSetting
 
 if TYPE_CHECKING:
@@ -123,6 +123,9 @@ def prepare(scenario: Scenario, live: Live | None = None, shared: dict[str, Any]
     with at("algorithm"):
         _refuse_no_prox(problem, algorithm, scenario.base)
         resolved = algorithm.resolve(setting)
+        step = getattr(resolved, "eta", None)
+        if algorithm.proximal and isinstance(step, float | int):
+            refuse_step(problem, step, "algorithm.eta")
     layout = Layout(topology, transport=_transport(scenario))
     return Prepared(scenario, topology, problem, resolved, setting, rates, layout, device)
 

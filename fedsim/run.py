@@ -213,7 +213,7 @@ def run_one(
             player.load(own_part(saved, player.row_names, layout))
         if guard is not None:
             guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
-        facts |= player.facts() | _non_private(observer, guard)
+        facts |= player.facts() | observer.facts | _non_private(observer, guard)
         if journal:
             journal.begin(facts, done)
         with watched(float(scenario.engine["timeout"]), lost):

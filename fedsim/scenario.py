@@ -280,6 +280,11 @@ class _Reader:
             self.mistakes.add(("select", "seeds"), str(error))
             return []
 
+    def _starts_itself(self, problem: Mapping[str, Any]) -> bool:
+        """Return whether nodes start from the problem's own point unless told otherwise: a network's first weights."""
+        given = self.live.problem if self.live else None
+        return problem.get("kind") == "module" if given is None else given.own_start
+
     def _scenario(self, merged: dict[str, Any], seed: int, mistakes: Mistakes) -> Scenario:
         """Check and complete every section of one run."""
         sections: dict[str, Any] = {}
@@ -289,6 +294,8 @@ class _Reader:
         for key in (*SECTIONS, "checkpoint", "engine"):
             if merged.get(key) is not None and is_section((key,), merged[key], mistakes):
                 sections[key] = dict(merged[key])
+        if self._starts_itself(sections.get("problem", {})):
+            sections["start"] = {"kind": "problem", **sections.get("start", {})}
         check_start(sections.get("start"), mistakes)
         for key, cls in PLAIN.items():
             if key in sections or key in ("start", "record", "engine"):

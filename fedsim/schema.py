@@ -63,7 +63,13 @@ def schema() -> dict[str, Any]:
         properties[name] = _of(cls, definitions)
     definitions["data"] = _component("data", definitions, {})
     definitions["partition"] = _component("partition", definitions, {})
-    definitions["composite"] = _component("composite", definitions, {})
+    patterns = {
+        "type": "array",
+        "items": {"type": "string"},
+        "minItems": 1,
+        "description": "names of the tensors that the term is of, with * for anything (default: all)",
+    }
+    definitions["composite"] = _component("composite", definitions, {"parameters": patterns})
     parts = {name: {"$ref": f"#/$defs/{name}"} for name in ("data", "partition", "composite")}
     properties["problem"] = _component("problem", definitions, parts)
     properties["algorithm"] = _component("algorithm", definitions, {})

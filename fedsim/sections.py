@@ -17,7 +17,8 @@ class Start:
     """Where the nodes start.
 
     Attributes:
-        kind: zeros; normal (a draw per node); common_normal (one draw for all); given; problem (as it says).
+        kind: zeros; normal (a draw per node); common_normal (one draw for all); given; problem (as it says). Default:
+            zeros, which hidden layers do not leave, so of a module its own first weights (problem).
         scale: standard deviation of the draws.
         value: with `given`: numbers `[dim]`, or a `.npy` file of `[dim]` or `[n, dim]`.
     """

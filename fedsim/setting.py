@@ -114,14 +114,21 @@ class RunSetting:
     @property
     def mixing_gap(self) -> float:
         """`1 - max(|lambda_2|, |lambda_n|)` of the mixing matrix."""
-        return self._mixing_gap
+        if self.mixing is None:
+            self.require("this algorithm", "mixing")
+        return self._gap
 
     @cached_property
-    def _mixing_gap(self) -> float:
+    def _gap(self) -> float:
         from fedsim.topology.spectral import mixing_gap
 
-        self.require("this algorithm", "mixing")
         return mixing_gap(self.mixing, self.topology)
+
+    def _never_agrees(self) -> bool:
+        """Return whether rho = 1; where the gap is only estimated, its sign says nothing."""
+        from fedsim.topology.spectral import DENSE
+
+        return self.n <= DENSE and self._gap < 1e-12
 
     @property
     def resistances(self) -> NDArray[np.float64]:
@@ -182,6 +189,12 @@ class RunSetting:
             return "gossip rates: give the scenario a `rates` section"
         if name == "mixing" and self.mixing is None:
             return "a mixing matrix: give the scenario a `mixing` section"
+        if name == "mixing" and self._never_agrees():
+            return (
+                f"a mixing matrix with rho = ||W - J|| < 1, and this one has rho = {1 - self._gap:.6g}: nodes that only"
+                " mix never agree (groups without a weight between them, or two sides that swap, which `mixing.lazy:"
+                " true` cures)"
+            )
         if name == "edges" and self.topology.is_server:
             return "edges, which a server topology does not have"
         return None

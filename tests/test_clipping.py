@@ -12,7 +12,7 @@ from fedsim.privacy.clipping import Clip, clipped_sum, factors
 from fedsim.problems.dense import DenseRecords, DenseSignals, Layer, LayerSignals, cross_entropy_slope
 from fedsim.problems.models.mlp import mlp
 from fedsim.problems.module import ModuleProblem
-from fedsim.problems.per_record import ModuleRecords, record_loss
+from fedsim.problems.per_record import ModuleRecords
 from fedsim.problems.shared_curvature import SharedCurvature
 
 INFINITE = Clip(math.inf)
@@ -20,7 +20,7 @@ INFINITE = Clip(math.inf)
 
 def explicit(p):
     """Return a module problem's per-record gradients by `vmap(grad)`."""
-    return ModuleRecords(p._records_of, record_loss(p._model, p._rows.named, p._per_record), p.tensor_sizes)
+    return ModuleRecords(p._records_of, p._rows.record_loss, p.tensor_sizes)
 
 
 def points(p, far):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fedsim
 from fedsim.errors import InputError
+from fedsim.problems.build import build as build_problem
 from fedsim.problems.composite import build
 
 SCALAR = {
@@ -102,6 +103,28 @@ def test_a_step_too_long_for_a_weakly_convex_term_is_refused():
         term("mcp").prox(torch.zeros(1, 1), 3.0)
 
 
+@pytest.mark.parametrize("kind", [*SCALAR, *WHOLE])
+def test_what_is_no_number_is_not_made_one(kind):
+    """A gradient that has overflowed stays visible through every prox: a zero in its stead would hide divergence."""
+    v = torch.tensor([[np.nan, 1.0, -0.0]], dtype=torch.float64)
+    out = term(kind).prox(v, 0.1)
+    assert out[0, 0].isnan()
+    assert kind == "none" or not torch.signbit(out[out == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_on_the_edge_of_a_constraint_are_feasible(dtype):
+    """The mean of equal points on the edge is off by a rounding, and must not have an infinite loss."""
+    box = build({"kind": "box", "low": -1.0, "high": 0.1}, None)
+    for n in (3, 6, 7):
+        assert box.value(torch.full((n, 4), 0.1, dtype=dtype).sum(dim=0, keepdim=True) / n) == 0
+    assert box.value(torch.full((1, 4), 0.1001, dtype=dtype)) == torch.inf
+    v = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 50))).to(dtype)
+    ball = term("ball")
+    assert (ball.value(ball.prox(v, 1.0)) == 0).all()
+    assert ball.value(1.01 * ball.prox(v, 1.0)).isinf().all()
+
+
 GIVEN = {
     "name": "l1",
     "topology": {"kind": "ring", "n": 4},
@@ -119,6 +142,61 @@ def test_a_scenario_with_a_term_runs_to_its_optimum(tmp_path):
     assert last["distance"] < 1e-20
     assert {"nonzeros", "nonzeros_half", "nonzeros_x"} <= set(result.metrics)
     assert result.facts["problem"]["composite"] == "L1(weight=0.4)"
+
+
+MCP = {"kind": "mcp", "weight": 0.1, "g": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"algorithm": {"kind": "dproxsgt", "eta": 0.5}},
+            r"algorithm.eta: 0.5 given; .*\(rho = 2\).* below 1/rho = 0.5",
+        ),
+        ({"algorithm": {"kind": "allreduce_sgd", "eta": 2.0}}, "algorithm.eta: 2 given"),
+        ({"record": {"every": 600, "step": 1.0, "metrics": ["stationarity"]}}, "record.step: 1 given; .* 1/rho = 0.5"),
+    ],
+)
+def test_a_step_that_is_too_long_is_refused_before_anything_runs(tmp_path, changes, message):
+    """The step of the method and that of the recorded mapping both must keep the prox of a weakly convex term one."""
+    scenario = {**GIVEN, "problem": {**GIVEN["problem"], "composite": MCP}, **changes}
+    with pytest.raises(InputError, match=message):
+        fedsim.run(scenario, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_step_of_the_recorded_mapping_is_recorded(tmp_path):
+    """`stationarity` is for a step that a reader can find, also where it is the default 1/L."""
+    found = {}
+    for step in (None, 0.2):
+        record = {"every": 600, "metrics": ["stationarity"], **({"step": step} if step else {})}
+        result = fedsim.run({**GIVEN, "record": record}, folder=tmp_path / str(step))
+        found[step] = result.facts["stationarity_step"]
+    assert found[0.2] == 0.2
+    assert 0 < found[None] < 1
+
+
+def test_a_term_may_be_of_some_parameters_only(tmp_path):
+    """`parameters: ['*weight']` makes weights sparse and leaves biases alone; a name that is none is refused."""
+    problem = {
+        "kind": "module",
+        "hidden": [4],
+        "data": {"kind": "iris"},
+        "composite": {"kind": "l1", "weight": 10.0, "parameters": ["*weight"]},
+    }
+    made = build_problem(problem, 2, 0, tmp_path)
+    assert made.tensor_names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    v = torch.full((1, made.dim), -0.5, dtype=torch.float64)
+    kept = (made.prox(v, 1.0) != 0)[0].split(made.tensor_sizes)
+    assert [bool(part.all()) for part in kept] == [False, True, False, True]
+    assert float(made.composite(v)[0]) == 10 * 0.5 * (16 + 12)
+    assert "'*weight'" not in made.facts()["composite"]
+    with pytest.raises(InputError, match=r"parameters: 'bais' names none of 0.weight"):
+        build_problem({**problem, "composite": {**problem["composite"], "parameters": ["bais"]}}, 2, 0, tmp_path)
+    scenario = {**GIVEN, "problem": {**problem, "composite": {**problem["composite"], "parameters": "*"}}}
+    with pytest.raises(InputError, match=r"composite.parameters: .* a list of names"):
+        fedsim.run(scenario, folder=tmp_path / "out")
 
 
 @pytest.mark.parametrize("algorithm", [{"kind": "dadao"}, {"kind": "gradient_tracking", "eta": 0.1}])

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 import fedsim
 from fedsim.algorithms.requests import Mix
 from fedsim.compression.compressors import build
-from fedsim.engine.counts import Counts
+from fedsim.engine.counts import Counts, Packed
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
 from fedsim.engine.streams import RoundDraws, Streams
@@ -32,10 +32,13 @@ ALL = {
     "top, short": {"kind": "top_k", "k": 2, "values": "float16"},
     "random": {"kind": "random_k", "ratio": 0.3},
     "random of tensors": {"kind": "random_k", "ratio": 0.5, "scope": "tensor"},
-    "random, unbiased": {"kind": "random_k", "ratio": 0.25, "unbiased": True, "values": "float32"},
+    "random, unbiased": {"kind": "random_k", "ratio": 0.25, "unbiased": True},
+    "random, short": {"kind": "random_k", "ratio": 0.25, "values": "bfloat16"},
     "qsgd": {"kind": "qsgd", "levels": 4},
     "qsgd in blocks": {"kind": "qsgd", "levels": 7, "block": 5},
     "qsgd, scaled": {"kind": "qsgd", "levels": 2, "scaled": True},
+    "qsgd of tensors": {"kind": "qsgd", "levels": 3, "scope": "tensor"},
+    "uniform, tensors in blocks": {"kind": "uniform", "levels": 2, "scope": "tensor", "block": 4, "scaled": True},
     "uniform": {"kind": "uniform", "levels": 3},
     "natural": {"kind": "natural"},
     "sign": {"kind": "sign"},
@@ -117,6 +120,52 @@ def test_zero_stays_zero(how):
     assert (packed(how, torch.zeros(2, 9, dtype=torch.float64)).dense == 0).all()
 
 
+DRAWS_PLACES = ("random", "random of tensors", "random, unbiased", "random, short")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("how", [ALL[name] for name in ALL if name not in DRAWS_PLACES], ids=str)
+def test_what_has_overflowed_is_not_made_a_number(how, value):
+    """A row with NaN or infinity is not finite behind the packet, either, which encodes as any; nobody is warned.
+
+    What float32 norms and scales cannot hold (1e300) is no number, or what it was.
+    """
+    v = torch.tensor([[1.0, -2.0, value, 0.5, 0.0, 3.0]], dtype=torch.float64)
+    packet = packed(how, v)
+    assert np.array_equal(packet.decode(packet.encode(0)), packet.dense[0].numpy(), equal_nan=True)
+    if math.isfinite(value):
+        assert not packet.dense[0, 2].isfinite() or packet.dense[0, 2] > 1e38
+    else:
+        assert not packet.dense.isfinite().all()
+
+
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["top_k", "random_k"])
+def test_rounded_values_keep_less(kind, values):
+    """Values that travel in a shorter type lose up to its roundoff: the declared contraction counts that in."""
+    u = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[values]
+    v = torch.full((1, 6), 1.0 + u, dtype=torch.float64)  # half way between two numbers: the worst case
+    how = {"kind": kind, "ratio": 0.5, "values": values}
+    delta = build(how, "c").quality(sizes_of(6)).delta
+    assert delta is not None
+    lost = float(((packed(how, v).dense - v) ** 2).sum() / (v * v).sum())
+    assert lost <= 1 - delta
+    assert delta == pytest.approx(0.5 * (1 - u * u), abs=1e-15)
+    assert lost > 0.5
+
+
+def test_tensors_have_norms_of_their_own():
+    """`scope: tensor`: one small tensor beside a large one keeps its levels, and the bytes of two norms are charged."""
+    v = torch.cat([torch.full((1, 4), 1e-6), torch.full((1, 8), 1e3)], dim=1).double()
+    how = {"kind": "uniform", "levels": 1}
+    c = build({**how, "scope": "tensor"}, "c")
+    packet = c.compress(v, draws(1), "t", (4, 8))
+    assert torch.allclose(packet.dense, v, rtol=1e-6)
+    assert packet.lengths()[0] == (4 + 1) + (4 + 2)
+    assert c.quality((4, 8)).omega == 2.0
+    assert not build(how, "c").compress(v, draws(1), "t", (4, 8)).dense[0, :4].all()
+
+
 def test_top_k_keeps_the_largest_and_the_first_of_equals():
     """The largest magnitudes, signs kept; ties go to the lowest place; k = max(1, floor(ratio d))."""
     v = torch.tensor([[3.0, -5.0, 1.0, 2.0, -0.1], [1.0, -1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
@@ -156,8 +205,8 @@ def test_few_places_travel_as_gaps():
     assert 10 * 8 + 10 <= packet.lengths()[0] <= 10 * 8 + 20
 
 
-def test_mixing_charges_the_encoded_bodies_and_warns_where_they_cost_more():
-    """A mixing of packets costs degree times length; packets longer than dense values are told about once."""
+def test_mixing_charges_the_encoded_bodies():
+    """A mixing of packets costs degree times length, and what the same values would have cost is noted beside it."""
     topology = graph("ring:4")
     counts = Counts()
     W = csr_array(np.full((4, 4), 0.25))
@@ -166,8 +215,57 @@ def test_mixing_charges_the_encoded_bodies_and_warns_where_they_cost_more():
     answer = network.answer([Mix(packed({"kind": "top_k", "k": 2}, v))])[0]
     assert counts.bytes == 4 * 2 * (2 * 8 + 1)
     assert answer.shape == (4, 8)
-    with pytest.warns(UserWarning, match="cost 1.02 times"):
-        network.answer([Mix(packed({"kind": "top_k", "k": 8}, v[:, :8]))])
+    assert network.packed == Packed(packed=4 * 2 * 17, dense=4 * 2 * 64)
+    network.answer([Mix(packed({"kind": "top_k", "k": 8}, v[:, :8]))])
+    assert network.packed.excess == 4 * 2 * 1
+
+
+def test_copies_are_mixed_while_packets_travel():
+    """With `copies` the answer is their weighted sum, and the packet is what is charged."""
+    topology, counts = graph("ring:4"), Counts()
+    W = csr_array(np.full((4, 4), 0.25))
+    network = LocalNetwork(Layout(topology), [slice(0, 4)], {"W": W}, counts)
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 8)))
+    answer = network.answer([Mix(packed({"kind": "top_k", "k": 2}, v), copies=v, name="x")])[0]
+    assert torch.allclose(answer, v.mean(dim=0).expand(4, -1))
+    assert counts.bytes == 4 * 2 * (2 * 8 + 1)
+
+
+SCENARIO = {
+    "topology": {"kind": "ring", "n": 4},
+    "problem": {"kind": "quadratic", "dim": 8},
+    "algorithm": {"kind": "cdproxsgt", "eta": 0.01, "compress": {"kind": "top_k", "k": 2}},
+    "schedule": {"horizon": 6},
+}
+
+
+def test_a_run_whose_packets_cost_more_says_so_once(tmp_path):
+    """Only y costs more than dense here, and all together less; a reader still hears of it, once."""
+    costly = {**SCENARIO["algorithm"], "compress_y": {"kind": "top_k", "k": 8}}
+    with pytest.warns(UserWarning, match=r"cost more than dense ones .* \(0.641 times as much so far\)") as told:
+        result = fedsim.run({**SCENARIO, "algorithm": costly}, folder=tmp_path / "out")
+    assert len(told) == 1
+    assert result.facts["compression_ratio"] == pytest.approx((17 + 65) / 128)
+
+
+def test_a_resumed_run_weighs_all_its_packets(tmp_path):
+    """The ratio of a run that went on from a checkpoint is that of the whole run, though messages differ in length."""
+    problem, compress = {"kind": "quadratic", "dim": 400}, {"kind": "top_k", "k": 2}
+    scenario = {**SCENARIO, "problem": problem, "algorithm": {**SCENARIO["algorithm"], "compress": compress}}
+    first, second, whole = (prepare(load_study(scenario).runs[0]).player() for _ in range(3))
+    for player in (first, second, whole):
+        player.start()
+    whole.advance(6)
+    first.advance(3)
+    second.load(first.save())
+    second.advance(6)
+    ratios = []
+    for player in (second, whole):
+        player.measures()
+        ratios.append(player.facts()["compression_ratio"])
+    assert ratios[0] == ratios[1]
+    first.measures()
+    assert first.facts()["compression_ratio"] != ratios[0]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +278,7 @@ def test_mixing_charges_the_encoded_bodies_and_warns_where_they_cost_more():
         ({"kind": "top_k", "k": 3, "scope": "tensor"}, "needs a ratio"),
         ({"kind": "qsgd", "level": 3}, "compress.level: unknown key"),
         ({"kind": "random_k", "ratio": 0.5, "unbiased": True, "scope": "tensor"}, "needs scope flat"),
+        ({"kind": "random_k", "ratio": 0.5, "unbiased": True, "values": "float32"}, "needs values: state"),
     ],
 )
 def test_wrong_compressors_are_refused(how, message):

@@ -185,10 +185,6 @@ def test_means_are_kept_by_any_compressor(how, graph):
     def watch(k, s):
         assert np.abs(s.y.mean(axis=0) - s.g.mean(axis=0)).max() < 1e-12
         assert np.abs(s.x.mean(axis=0) - s.half.mean(axis=0)).max() < 1e-13
-        if hasattr(s, "x_hat"):
-            W = mixing_matrix(build(graph)).toarray()
-            assert np.abs(W @ s.x_hat - s.x_sum).max() < 1e-10
-            assert np.abs(W @ s.y_hat - s.y_sum).max() < 1e-10
 
     played(algorithm, 60, topology=graph, watch=watch)
 
@@ -394,20 +390,68 @@ class Short(Lasso):
         return super().gradient(x.double(), nodes, batch).float()
 
 
-def test_weighted_sums_of_copies_drift_little_in_single_precision():
-    """After 10,000 rounds of one-row gradients, what was added up differs from the sum itself by 1e-5 at most."""
-    graph, problem = build("ring:5"), Short()
-    W = mixing_matrix(graph)
+def test_the_mean_tracker_does_not_drift():
+    """After a thousand compressed rounds its mean is that of the gradients as in the first ones, in either precision.
+
+    Neighbours' copies are mixed themselves; a sum of what they sent would be off by 5e-14 here, and by 1e-5 in float32.
+    """
     algorithm = CDProxSGT(eta=0.05, batch=Sampling(1), compress={"kind": "top_k", "k": 2}, gamma_x=0.3, gamma_y=0.3)
-    algorithm = algorithm.resolve(RunSetting(problem, graph, None, None, W))
-    player = Rounds(algorithm, problem, Layout(graph), {"W": W}, torch.zeros(5, 6), 0)
-    player.start()
-    player.advance(10_000)
-    s = Fields(player)
-    assert s.x_hat.dtype == np.float32
-    for copy, total in ((s.x_hat, s.x_sum), (s.y_hat, s.y_sum)):
-        exact = W @ copy.astype(np.float64)
-        assert np.linalg.norm(exact - total) < 1e-5 * np.linalg.norm(exact)
+    W = mixing_matrix(build("ring:5"))
+    for problem, bound in ((Lasso(), 2e-15), (Short(), 1e-6)):
+        setting = RunSetting(problem, build("ring:5"), None, None, W)
+        player = Rounds(
+            algorithm.resolve(setting),
+            problem,
+            Layout(build("ring:5")),
+            {"W": W},
+            torch.zeros(5, 6).to(problem.dtype),
+            0,
+        )
+        player.start()
+        player.advance(1000)
+        s = Fields(player)
+        assert np.abs(s.y.mean(axis=0, dtype=np.float64) - s.g.mean(axis=0, dtype=np.float64)).max() < bound
+
+
+def test_compressed_rounds_reach_the_minimiser_to_the_last_digits():
+    """Largest 2 of 6, gamma 0.5: at 1e-14 after 400 rounds, and still there after 1,500."""
+    algorithm = CDProxSGT(eta=0.3, compress={"kind": "top_k", "k": 2}, gamma_x=0.5, gamma_y=0.5)
+    assert distance(x_after(algorithm, 1500)) < 2e-14
+
+
+@pytest.mark.parametrize("kind", ["dproxsgt", "prox_gt_sa", "dpsgd", "choco_sgd"])
+@pytest.mark.parametrize(
+    ("W", "message"), [("alone", "rho = 1: nodes that only mix never agree"), ("swap", "lazy: true")]
+)
+def test_a_matrix_that_never_agrees_is_refused(tmp_path, kind, W, message):
+    """W = I, and a ring whose two sides swap, have rho = 1; half a step of the latter mixes."""
+    swap = np.roll(np.eye(4), 1, axis=1) / 2 + np.roll(np.eye(4), -1, axis=1) / 2
+    np.save(tmp_path / "W.npy", np.eye(4) if W == "alone" else swap)
+    scenario = {
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "quadratic", "dim": 2},
+        "mixing": {"file": str(tmp_path / "W.npy")},
+        "algorithm": {"kind": kind, "eta": 0.1},
+        "schedule": {"horizon": 2},
+    }
+    with pytest.raises(fedsim.InputError, match=message):
+        fedsim.run(scenario, folder=tmp_path / "out")
+    if W == "swap":
+        scenario["mixing"]["lazy"] = True
+        assert fedsim.run(scenario, folder=tmp_path / "out").status == "finished"
+
+
+def test_the_constants_of_both_compressors_are_printed():
+    """x and y may be compressed differently, and each has its constant; an unbiased one warns where gamma is bold."""
+    problem, graph = SMOOTH, build("ring:5")
+    setting = RunSetting(problem, graph, None, None, mixing_matrix(graph))
+    two = CDProxSGT(eta=0.1, compress={"kind": "top_k", "k": 2}, compress_y={"kind": "qsgd", "levels": 2})
+    names = {c.name: c.value for c in two.resolve(setting).constants(setting)}
+    assert names["delta of x"] == pytest.approx(1 / 3)
+    assert names["omega of y"] == pytest.approx(min(6 / 4, 6**0.5 / 2))
+    bold = CDProxSGT(eta=0.1, compress={"kind": "random_k", "k": 1, "unbiased": True}, gamma_x=0.9)
+    with pytest.warns(UserWarning, match="delta = 0 may diverge"):
+        bold.resolve(setting)
 
 
 def test_the_pre_mix_variant_sends_both_at_once():

@@ -154,11 +154,79 @@ class Dropping(torch.nn.Sequential):
         super().__init__(torch.nn.Linear(features, 4), torch.nn.Dropout(), torch.nn.Linear(4, outputs))
 
 
-@pytest.mark.parametrize(("model", "message"), [(Normed, "buffers"), (Dropping, "draws random numbers")])
+class ThisBatch(torch.nn.Sequential):
+    """A model of one's own that normalises by the records of a call, without buffers."""
+
+    def __init__(self, features, outputs):
+        norm = torch.nn.BatchNorm1d(4, track_running_stats=False)
+        super().__init__(torch.nn.Linear(features, 4), norm, torch.nn.Linear(4, outputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Normed, r"changes its buffers \(1.running_mean, .*use group or layer norm"),
+        (Dropping, "draws random numbers"),
+        (ThisBatch, "taken together have the losses .*a node's objective is a mean over records"),
+    ],
+)
 def test_models_that_nodes_cannot_own_are_refused(model, message):
-    """Batch norm's averages and dropout's draws follow no node."""
+    """Batch norm's averages and dropout's draws follow no node, and losses of a batch are no sum over records."""
     with pytest.raises(InputError, match=message):
         image_problem(model(64, 3), 8)
+
+
+class Shared(torch.nn.Module):
+    """One layer under two names, one weight in two layers, and an activation that is played row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(64, 5), torch.nn.Linear(5, 3)
+        self.second = torch.nn.Linear(5, 5)
+        self.again, self.tied = self.second, torch.nn.Linear(5, 5)
+        self.tied.weight = self.second.weight
+
+    def forward(self, x):
+        """Return the scores."""
+        return self.last(self.tied(self.again(torch.sigmoid(self.second(self.first(x))))))
+
+
+class Constant(torch.nn.Module):
+    """A mask in a buffer and a first layer that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed, self.last = torch.nn.Linear(64, 6), torch.nn.Linear(6, 3)
+        self.fixed.weight.requires_grad_(False)
+        self.register_buffer("mask", (torch.arange(64) % 2).float())
+
+    def forward(self, x):
+        """Return the scores."""
+        return self.last(torch.tanh(self.fixed(x * self.mask)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("model", [Shared, Constant])
+def test_shared_and_untrained_parameters_have_the_gradients_of_autograd(model, dtype):
+    """What is used twice has one gradient, the sum; what is not trained has none; rows do not see each other."""
+    made = seeded(model)
+    problem = ModuleProblem(made, images(8), parts(), "cross_entropy", dtype=dtype)
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert problem.tensor_sizes == [p.numel() for p in trained]
+    nodes = np.arange(N)
+    x = problem.start(nodes) + 0.1 * torch.from_numpy(np.random.default_rng(1).normal(size=(N, problem.dim)))
+    x = x.to(problem.dtype)
+    g = problem.gradient(x, nodes)
+    for row in range(N):
+        for p, part in zip(trained, x[row].split(problem.tensor_sizes), strict=True):
+            p.data = part.reshape(p.shape).double()
+        own, features = np.sort(problem.parts[row]), torch.from_numpy(problem.data.features)
+        labels = torch.from_numpy(problem.data.labels[own])
+        loss = torch.nn.functional.cross_entropy(made.double()(features[own]), labels)
+        exact = torch.cat([slope.reshape(-1) for slope in torch.autograd.grad(loss, trained)])
+        assert float((g[row] - exact).abs().max()) < (1e-12 if dtype == "float64" else 1e-6)
+        pair = nodes[[row]] if problem.rows_alone else nodes[[row, row]]
+        assert torch.equal(problem.gradient(x[pair], pair)[0], g[row])
 
 
 @pytest.mark.parametrize("kind", ["lenet5", "transformer"])
@@ -242,16 +310,40 @@ def test_the_bytes_of_lenet5_are_those_of_the_codec(tmp_path, algorithm, per_nod
     assert result.metrics["bytes"].iloc[-1] == 2 * N * per_node
 
 
-@pytest.mark.parametrize(("start", "told"), [({"kind": "zeros"}, True), ({"kind": "problem"}, False)])
+@pytest.mark.parametrize(
+    ("start", "told"), [({"kind": "zeros"}, True), ({"kind": "problem"}, False), ({}, False), (None, False)]
+)
 @pytest.mark.parametrize("composite", [None, {"kind": "l1", "weight": 1e-4}])
 def test_a_network_that_starts_at_zero_is_told_of(start, told, composite):
-    """Zeros are the default start and a saddle of every network with hidden layers: `check` says so."""
+    """Zeros are a saddle of every network with hidden layers: `check` says so, and they are not the default start."""
     scenario = {
         "topology": {"kind": "ring", "n": N},
         "problem": {"kind": "module", "data": {"kind": "iris"}, **({"composite": composite} if composite else {})},
-        "start": start,
+        **({} if start is None else {"start": start}),
         "algorithm": {"kind": "dproxsgt", "eta": 0.1},
         "schedule": {"horizon": 1},
     }
     (found,) = check(scenario)
     assert any("hidden layers do not leave" in note for note in found["warnings"]) == told
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_network_starts_from_its_own_first_weights_on_every_node(live):
+    """Without a `start` section all nodes begin at the model's own parameters, given as an object or by kind."""
+    given = {"kind": "module", "hidden": [4], "data": {"kind": "iris"}, "composite": {"kind": "l1", "weight": 0.1}}
+    problem = build(given, N, 0, Path())
+    scenario = {
+        "topology": {"kind": "ring", "n": N},
+        **({} if live else {"problem": given}),
+        "algorithm": {"kind": "dproxsgt", "eta": 0.1},
+        "schedule": {"horizon": 1},
+    }
+    objects = Live(problem=problem) if live else Live()
+    prepared = prepare(load_study(scenario, live=objects).runs[0], objects)
+    assert prepared.setting.common_start
+    player = prepared.player()
+    player.start()
+    own = problem.start(np.arange(N))
+    assert own is not None
+    assert own.any()
+    assert torch.equal(player.outputs(), own)

@@ -18,7 +18,7 @@ from fedsim.algorithms.steps import Decay, clipped
 from fedsim.errors import InputError
 
 if TYPE_CHECKING:
-    from fedsim.compression.compressors import Compressor
+    from fedsim.compression.compressors import Compressor, Quality
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -64,7 +64,7 @@ class Compressed(SyncAlgorithm):
         setting.require(self.kind, "edges", "mixing")
         made, sizes = self._compressors(setting.base), tuple(setting.tensor_sizes)
         gamma = max(getattr(self, name, 0.0) for name in ("gamma", "gamma_x", "gamma_y"))
-        delta = min(made[name].quality(sizes).delta or 1.0 for name in ("_x", "_y"))
+        delta = min(_kept(made[name].quality(sizes)) for name in ("_x", "_y"))
         if gamma > BOLD and delta < COARSE:
             warnings.warn(
                 f"{self.kind}: gamma = {gamma:g} with a compressor that keeps delta = {delta:.3g} may diverge;"
@@ -74,39 +74,50 @@ class Compressed(SyncAlgorithm):
         return self.derived(**made, _sizes=sizes)
 
     def constants(self, setting: Setting) -> tuple[Constant, ...]:
-        """Return step, rho, and what the compressors keep."""
-        quality, found = self._x.quality(self._sizes), list(step_constants(self.eta, setting))
-        if quality.delta is not None:
-            found.append(Constant("delta", quality.delta, "E ||v - Q(v)||^2 <= (1 - delta) ||v||^2"))
-        if quality.omega is not None:
-            found.append(Constant("omega", quality.omega, "E Q(v) = v, E ||Q(v) - v||^2 <= omega ||v||^2"))
+        """Return step, rho, and what the compressors keep (of x, and of y where that has its own)."""
+        found = list(step_constants(self.eta, setting))
+        for who, of in ((self._x, ""),) if self._y == self._x else ((self._x, " of x"), (self._y, " of y")):
+            quality = who.quality(self._sizes)
+            if quality.delta is not None:
+                found.append(Constant(f"delta{of}", quality.delta, "E ||v - Q(v)||^2 <= (1 - delta) ||v||^2"))
+            if quality.omega is not None:
+                found.append(Constant(f"omega{of}", quality.omega, "E Q(v) = v, E ||Q(v) - v||^2 <= omega ||v||^2"))
         return tuple(found)
 
     def _step(self, k: int) -> float:
         return self.eta if self.decay is None else self.decay.at(self.eta, k)
 
     async def _tell(
-        self, who: Compressor, v: torch.Tensor, copy: torch.Tensor, total: torch.Tensor, rng: Draws, name: str
+        self, who: Compressor, v: torch.Tensor, copy: torch.Tensor, rng: Draws, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send `Q(v - copy)`; return the public copy and the weighted sum of the neighbours', both moved by it."""
+        """Send `Q(v - copy)`; return the public copy moved by it, and the weighted sum of the neighbours' copies.
+
+        The copies themselves are mixed: a sum of what came would drift from their sum by rounding, and with it the
+        mean of the trackers from that of the gradients.
+        """
         from fedsim.compression.compressors import compressed
 
         packet = compressed(who, v - copy, rng, name, self._sizes)
-        return copy + packet.dense, total + await Mix(packet)
+        moved = copy + packet.dense
+        return moved, await Mix(packet, copies=moved, name=name)
+
+
+def _kept(quality: Quality) -> float:
+    """Return the contraction that a compressor promises; of an unbiased one that is `1 - omega`, if positive."""
+    if quality.delta is not None:
+        return quality.delta
+    return 1.0 if quality.omega is None else max(0.0, 1.0 - quality.omega)
 
 
 @dataclass
 class CDProxSGTState:
-    """Models, trackers, last gradients; public copies `x_hat`, `y_hat` and their weighted sums `x_sum`, `y_sum`;
-    `half`: models before gossip."""
+    """Models, trackers, last gradients; public copies `x_hat`, `y_hat`; `half`: models before gossip."""
 
     x: Rows
     y: Rows
     g: Rows
     x_hat: Rows
     y_hat: Rows
-    x_sum: Rows
-    y_sum: Rows
     half: Rows
 
 
@@ -152,19 +163,19 @@ class CDProxSGT(Compressed):
         """Start at x0; what is not known to all starts at 0."""
         zero = torch.zeros_like(x0)
         known = x0 if self.copies == "x0" else zero
-        return CDProxSGTState(x0, zero, zero, known, zero, known, zero, x0)
+        return CDProxSGTState(x0, zero, zero, known, zero, x0)
 
     async def round(self, s: CDProxSGTState, k: int, f: Oracle, rng: Draws) -> CDProxSGTState:
         """Play one round: one gradient, two compressed exchanges."""
         eta = self._step(k)
         g = clipped(f.gradient(s.x, self.batch, rng), self.clip)
         h = s.y + g - s.g
-        y_hat, y_sum = await self._tell(self._y, h, s.y_hat, s.y_sum, rng, "compress y")
+        y_hat, y_sum = await self._tell(self._y, h, s.y_hat, rng, "compress y")
         y = h + self.gamma_y * (y_sum - y_hat)
         half = f.prox(s.x - eta * y, eta)
-        x_hat, x_sum = await self._tell(self._x, half, s.x_hat, s.x_sum, rng, "compress x")
+        x_hat, x_sum = await self._tell(self._x, half, s.x_hat, rng, "compress x")
         x = half + self.gamma_x * (x_sum - x_hat)
-        return CDProxSGTState(x, y, g, x_hat, y_hat, x_sum, y_sum, half)
+        return CDProxSGTState(x, y, g, x_hat, y_hat, half)
 
     def measures(self, s: CDProxSGTState, f: Oracle) -> Mapping[str, torch.Tensor]:
         """Return how many coordinates are not 0 before and after gossip."""
@@ -173,11 +184,10 @@ class CDProxSGT(Compressed):
 
 @dataclass
 class ChocoState:
-    """Models, public copies and their weighted sums; `half`: models before gossip."""
+    """Models and their public copies; `half`: models before gossip."""
 
     x: Rows
     x_hat: Rows
-    x_sum: Rows
     half: Rows
 
 
@@ -206,15 +216,14 @@ class ChocoSGD(Compressed):
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> ChocoState:
         """Start the copies at 0."""
-        zero = torch.zeros_like(x0)
-        return ChocoState(x0, zero, zero, x0)
+        return ChocoState(x0, torch.zeros_like(x0), x0)
 
     async def round(self, s: ChocoState, k: int, f: Oracle, rng: Draws) -> ChocoState:
         """Play one round: one gradient, one compressed exchange."""
         eta = self._step(k)
         half = f.prox(s.x - eta * clipped(f.gradient(s.x, self.batch, rng), self.clip), eta)
-        x_hat, x_sum = await self._tell(self._x, half, s.x_hat, s.x_sum, rng, "compress x")
-        return ChocoState(half + self.gamma * (x_sum - x_hat), x_hat, x_sum, half)
+        x_hat, x_sum = await self._tell(self._x, half, s.x_hat, rng, "compress x")
+        return ChocoState(half + self.gamma * (x_sum - x_hat), x_hat, half)
 
     def measures(self, s: ChocoState, f: Oracle) -> Mapping[str, torch.Tensor]:
         """Return how many coordinates are not 0 before and after gossip."""
@@ -223,7 +232,7 @@ class ChocoSGD(Compressed):
 
 @dataclass
 class BEERState:
-    """Models, trackers `v`, last gradients; public copies `x_hat`, `v_hat` and their weighted sums."""
+    """Models, trackers `v`, last gradients; public copies `x_hat`, `v_hat` and the weighted sums of the neighbours'."""
 
     x: Rows
     v: Rows
@@ -267,8 +276,8 @@ class BEER(Compressed):
     async def round(self, s: BEERState, k: int, f: Oracle, rng: Draws) -> BEERState:
         """Play one round: one gradient, two compressed exchanges."""
         x = s.x + self.gamma * (s.x_sum - s.x_hat) - self._step(k) * s.v
-        x_hat, x_sum = await self._tell(self._x, x, s.x_hat, s.x_sum, rng, "compress x")
+        x_hat, x_sum = await self._tell(self._x, x, s.x_hat, rng, "compress x")
         g = clipped(f.gradient(x, self.batch, rng), self.clip)
         v = s.v + self.gamma * (s.v_sum - s.v_hat) + g - s.g
-        v_hat, v_sum = await self._tell(self._y, v, s.v_hat, s.v_sum, rng, "compress v")
+        v_hat, v_sum = await self._tell(self._y, v, s.v_hat, rng, "compress v")
         return BEERState(x, v, g, x_hat, v_hat, x_sum, v_sum)

@@ -57,10 +57,15 @@ class Mix(Request):
 
     `v`: rows `[rows, dim]`, or a `Packet`. `matrix`: `"W"` (the scenario's mixing matrix) or `"laplacian"`
     (degree times own value minus the neighbours', unweighted).
+    `copies`: with a packet, public copies `[rows, dim]`, which the sender has moved by `packet.dense` and every
+    receiver moves by it, too. They are mixed in its stead, while the packet alone travels; `name` tells those of one
+    algorithm apart. What copies start from must be known to all.
     """
 
     v: torch.Tensor | Packet
     matrix: str = "W"
+    copies: torch.Tensor | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedsim.compression.packets import (
+    NO_NUMBER,
     Body,
     DensePacket,
     LevelsPacket,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 ValueType = Literal["state", "float32", "float16", "bfloat16"]
 Scope = Literal["flat", "tensor"]
 LEAST_EXPONENT = -126
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # unit roundoff, within a type's range
 
 
 class Quality(NamedTuple):
@@ -88,7 +90,7 @@ class LowPrecision(Compressor):
 
     def quality(self, sizes: Sequence[int]) -> Quality:
         """Return the worst relative rounding's contraction."""
-        return Quality(1.0 - {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[self.to] ** 2, None)
+        return Quality(1.0 - ROUNDOFF[self.to] ** 2, None)
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Round to nearest."""
@@ -103,7 +105,7 @@ class _Sparse(Compressor):
     Attributes:
         ratio: `k = max(1, floor(ratio * size))`, of the whole row or of every tensor. k: given instead.
         scope: `flat`, or `tensor`: every parameter tensor on its own, as the authors' code does.
-        values: the type in which values travel.
+        values: the type in which values travel; one that rounds by u keeps `delta (1 - u^2)` within its range.
     """
 
     ratio: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -130,6 +132,10 @@ class _Sparse(Compressor):
         """Return the smallest share that is kept of any tensor."""
         return min(k / d for d, k in self.kept(sizes))
 
+    def delta(self, sizes: Sequence[int]) -> float:
+        """Return the contraction: what is kept, less what rounding takes of it."""
+        return self.worst(sizes) * (1.0 - ROUNDOFF.get(self.values, 0.0) ** 2)
+
     def narrow(self, values: torch.Tensor) -> torch.Tensor:
         """Return values in the type in which they travel."""
         return values if self.values == "state" else values.to(getattr(torch, self.values))
@@ -143,7 +149,7 @@ class TopK(_Sparse):
 
     def quality(self, sizes: Sequence[int]) -> Quality:
         """Return k/d of the worst tensor."""
-        return Quality(self.worst(sizes), None)
+        return Quality(self.delta(sizes), None)
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Find the k-th magnitude, then take what is above, and as many equal to it as fit."""
@@ -178,6 +184,8 @@ def _top(v: torch.Tensor, k: int) -> NDArray[np.int64]:
 
 def _top_of(magnitude: torch.Tensor, k: int) -> NDArray[np.int64]:
     least = magnitude.topk(k, dim=1, sorted=False).values.amin(dim=1)
+    if bool(least.isnan().any()):  # what is no number must travel: it counts as larger than any
+        return _top_of(magnitude.nan_to_num(nan=math.inf, posinf=math.inf), k)
     return _places(magnitude.numpy(), least.numpy(), k)
 
 
@@ -211,7 +219,7 @@ def _places(magnitude: NDArray, least: NDArray, k: int) -> NDArray[np.int64]:
         places = found.reshape(rows, k) - dim * np.arange(rows)[:, None]
         if (places[:, 0] >= 0).all() and (places[:, -1] < dim).all():
             return places
-    return _largest(magnitude, least, k)  # there are ties, or numbers that compare with nothing
+    return _largest(magnitude, least, k)  # there are ties
 
 
 @njit(cache=True)
@@ -229,8 +237,6 @@ def _largest(magnitude, least, k):  # pragma: no cover - compiled
                 equal -= magnitude[row, c] == least[row]
                 places[row, used] = c
                 used += 1
-        for rest in range(used, k):  # a NaN compares with nothing: the row is lost, its places must still be valid
-            places[row, rest] = dim - k + rest
     return places
 
 
@@ -250,11 +256,12 @@ class RandomK(_Sparse):
         super().__post_init__()
         if self.unbiased and self.scope == "tensor":
             raise InputError("unbiased: needs scope flat, since d/k differs between tensors")
+        if self.unbiased and self.values != "state":
+            raise InputError("unbiased: needs values: state, since rounding to a shorter type is biased")
 
     def quality(self, sizes: Sequence[int]) -> Quality:
         """Return k/d, or omega = d/k - 1."""
-        share = self.worst(sizes)
-        return Quality(None, 1.0 / share - 1.0) if self.unbiased else Quality(share, None)
+        return Quality(None, 1.0 / self.worst(sizes) - 1.0) if self.unbiased else Quality(self.delta(sizes), None)
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
         """Draw one seed a row, and take the places that it gives."""
@@ -272,45 +279,60 @@ class _Levels(Compressor):
     """What QSGD and uniform quantisation have in common.
 
     Attributes:
-        levels: s; a number becomes one of -s..s. block: numbers that share a norm (default: the whole row).
+        levels: s; a number becomes one of -s..s. block: numbers that share a norm (default: all of a scope).
+        scope: `flat`, or `tensor`: every parameter tensor has norms of its own, as in the DProxSGT authors' code.
         scaled: divide by `1 + omega`: biased, but a contraction with `delta = 1/(1 + omega)`.
     """
 
     levels: Annotated[int, Field(ge=1, le=2**20)] = 64
     block: Annotated[int, Field(ge=1)] | None = None
     scaled: bool = False
+    scope: Scope = "flat"
     largest: ClassVar[bool]
 
     def omega(self, dim: int) -> float:
-        """Return the variance bound for a block of the largest size."""
+        """Return the variance bound for a block of this size."""
         raise NotImplementedError
 
+    def blocks(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return how many numbers share each norm, in order."""
+        whole = [sum(sizes)] if self.scope == "flat" else sizes
+        return tuple(
+            min(self.block or size, size - begin) for size in whole for begin in range(0, size, self.block or size)
+        )
+
     def quality(self, sizes: Sequence[int]) -> Quality:
-        """Return omega, or delta where it is scaled."""
-        omega = self.omega(min(self.block or sum(sizes), sum(sizes)))
+        """Return omega of the largest block, or delta where it is scaled."""
+        omega = self.omega(max(self.blocks(sizes)))
         return Quality(1.0 / (1.0 + omega), None) if self.scaled else Quality(None, omega)
 
     def compress(self, v: torch.Tensor, rng: Draws, purpose: str, sizes: Sequence[int]) -> Body:
-        """Round `s |v| / norm` up or down at random, so that the mean is kept; a block of zeros stays 0."""
+        """Round `s |v| / norm` up or down at random, so that the mean is kept; a block of zeros stays 0.
+
+        A block whose norm is no number of float32 is none in the packet, either.
+        """
         rows, dim = v.shape
-        block = min(self.block or dim, dim)
+        blocks = self.blocks(sizes)
         wide, drawn = v.numpy().astype(np.float64), rng.uniform(purpose, dim).cpu().numpy()
-        factor = 1.0 / (1.0 + self.omega(block)) if self.scaled else 1.0
-        levels, norms, dense = np.zeros((rows, dim), np.int64), [], np.zeros((rows, dim))
-        for begin in range(0, dim, block):
-            part = slice(begin, begin + block)
+        factor = 1.0 / (1.0 + self.omega(max(blocks))) if self.scaled else 1.0
+        levels, norms, dense, begin = np.zeros((rows, dim), np.int64), [], np.zeros((rows, dim)), 0
+        for size in blocks:
+            part = slice(begin, begin + size)
             norm = _rounded_up(self._norms(wide[:, part]))
-            scale = np.where(norm > 0, norm, 1.0).astype(np.float64)[:, None]
-            exact = np.abs(wide[:, part]) * (self.levels / scale)
+            known = np.isfinite(norm)[:, None]
+            scale = np.where(known & (norm[:, None] > 0), norm[:, None], 1.0).astype(np.float64)
+            exact = np.abs(np.where(known, wide[:, part], 0.0)) * (self.levels / scale)
             up = np.minimum(np.floor(exact + drawn[:, part]), self.levels)
             levels[:, part] = np.where(wide[:, part] < 0, -up, up)
             dense[:, part] = of_levels(levels[:, part], norm[:, None], self.levels, factor)
             norms.append(norm)
+            begin += size
         packed = torch.from_numpy(dense).to(v.dtype)
-        return LevelsPacket(packed, levels, np.stack(norms, axis=1), self.levels, block, factor)
+        return LevelsPacket(packed, levels, np.stack(norms, axis=1), self.levels, blocks, factor)
 
     def _norms(self, part: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.abs(part).max(axis=1) if self.largest else np.sqrt(squared_norms(part))
+        with np.errstate(over="ignore"):
+            return np.abs(part).max(axis=1) if self.largest else np.sqrt(squared_norms(part))
 
 
 @dataclass(frozen=True)
@@ -341,7 +363,7 @@ class Uniform(_Levels):
 class Natural(Compressor):
     """Powers of two, rounded at random (Horvath et al. 2022): unbiased, omega = 1/8, 9 bits a number.
 
-    Below 2^-126 a number becomes 0 or 2^-126; above 2^127 it is cut.
+    Below 2^-126 a number becomes 0 or 2^-126; above 2^127 it is cut; what is not finite becomes no number.
     """
 
     kind: ClassVar[str] = "natural"
@@ -356,8 +378,9 @@ class Natural(Compressor):
         mantissa, exponent = np.frexp(np.abs(wide))
         exponent = exponent - 1 + (drawn < 2.0 * mantissa - 1.0)
         tiny = np.abs(wide) < 2.0**LEAST_EXPONENT
-        small = drawn < np.abs(wide) * 2.0**-LEAST_EXPONENT
-        codes = np.where(tiny, small.astype(np.int64), np.minimum(exponent, 127) + 127).astype(np.uint8)
+        small = drawn * 2.0**LEAST_EXPONENT < np.abs(wide)
+        codes = np.where(tiny, small.astype(np.int64), np.minimum(exponent, 127) + 127)
+        codes = np.where(np.isfinite(wide), codes, NO_NUMBER).astype(np.uint8)
         negative = wide < 0
         return PowersPacket(torch.from_numpy(of_powers(codes, negative)).to(v.dtype), codes, negative)
 
@@ -379,7 +402,8 @@ class Sign(Compressor):
         used = (sum(sizes),) if self.scope == "flat" else tuple(sizes)
         for size in used:
             part = np.ascontiguousarray(np.abs(wide[:, begin : begin + size]))
-            scales.append((sums(part) / size).astype(np.float32))
+            with np.errstate(over="ignore"):  # beyond float32: infinite, which is seen
+                scales.append((sums(part) / size).astype(np.float32))
             begin += size
         negative, scale = wide < 0, np.stack(scales, axis=1)
         repeated = np.repeat(scale, used, axis=1).astype(np.float64)
@@ -388,7 +412,8 @@ class Sign(Compressor):
 
 def _rounded_up(norm: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return float32 numbers that are not smaller, so that no level passes s."""
-    short = norm.astype(np.float32)
+    with np.errstate(over="ignore"):
+        short = norm.astype(np.float32)
     return np.where(short < norm, np.nextafter(short, np.float32(np.inf)), short)
 
 

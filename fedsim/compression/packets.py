@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+NO_NUMBER = 255  # the code of a power of two that is none
 
 
 class Body(ABC):
@@ -126,23 +127,23 @@ class SeededPacket(Body):
 
 @dataclass(frozen=True, eq=False)
 class LevelsPacket(Body):
-    """Integer levels in -s..s `[rows, dim]` of one float32 norm per block `[rows, blocks]`."""
+    """Integer levels in -s..s `[rows, dim]` of one float32 norm per block `[rows, blocks]`, of these sizes."""
 
     dense: torch.Tensor
     levels: Ints
     norms: NDArray[np.float32]
     s: int
-    block: int
+    sizes: tuple[int, ...]
     factor: float
 
     def lengths(self) -> Ints:
         """Return 4 bytes and the packed levels of every block."""
-        return np.full(len(self.levels), sum(4 + packed_size(size, 2 * self.s + 1) for size in self._sizes()))
+        return np.full(len(self.levels), sum(4 + packed_size(size, 2 * self.s + 1) for size in self.sizes))
 
     def encode(self, row: int) -> bytes:
         """Return norm and levels, block by block."""
         parts, begin = [], 0
-        for place, size in enumerate(self._sizes()):
+        for place, size in enumerate(self.sizes):
             parts.append(self.norms[row, place].tobytes())
             parts.append(pack(self.levels[row, begin : begin + size] + self.s, 2 * self.s + 1))
             begin += size
@@ -151,21 +152,17 @@ class LevelsPacket(Body):
     def decode(self, body: bytes) -> NDArray:
         """Return `factor * norm * level / s`."""
         parts, at = [], 0
-        for size in self._sizes():
+        for size in self.sizes:
             norm, width = np.frombuffer(body[at : at + 4], np.float32), packed_size(size, 2 * self.s + 1)
             levels = unpack(body[at + 4 : at + 4 + width], size, 2 * self.s + 1) - self.s
             parts.append(of_levels(levels, norm, self.s, self.factor))
             at += 4 + width
         return np.concatenate(parts).astype(self.dense.numpy().dtype)
 
-    def _sizes(self) -> list[int]:
-        dim = self.levels.shape[1]
-        return [min(self.block, dim - begin) for begin in range(0, dim, self.block)]
-
 
 @dataclass(frozen=True, eq=False)
 class PowersPacket(Body):
-    """Signs and exponents: `codes [rows, dim]` is 0 for 0, else exponent + 127; `negative [rows, dim]`."""
+    """Signs and exponents: `codes [rows, dim]` is 0 for 0, else exponent + 127 (255: no number); `negative`."""
 
     dense: torch.Tensor
     codes: NDArray[np.uint8]
@@ -263,13 +260,15 @@ def unpack(body: bytes, count: int, values: int) -> Ints:
 
 
 def of_levels(levels: Ints, norm: NDArray[np.float32], s: int, factor: float) -> NDArray[np.float64]:
-    """Return `factor * norm * level / s`."""
-    return levels * (factor * norm.astype(np.float64) / s)
+    """Return `factor * norm * level / s`; none where the norm is no number."""
+    with np.errstate(invalid="ignore"):
+        return levels * (factor * norm.astype(np.float64) / s)
 
 
 def of_powers(codes: NDArray[np.uint8], negative: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return `+-2^(code - 127)`, 0 for code 0."""
+    """Return `+-2^(code - 127)`, 0 for code 0, no number for the last one."""
     size = np.where(codes == 0, 0.0, np.ldexp(1.0, codes.astype(np.int64) - 127))
+    size = np.where(codes == NO_NUMBER, np.nan, size)
     return np.where(negative & (codes > 0), -size, size)
 
 

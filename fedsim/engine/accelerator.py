@@ -17,7 +17,7 @@ import torch
 
 from fedsim.algorithms.requests import Gathered
 from fedsim.engine.ghosts import Csr, Ints
-from fedsim.engine.network import LocalNetwork, dense
+from fedsim.engine.network import LocalNetwork, visible
 from fedsim.engine.routes import Routes, merged, rows_at
 from fedsim.engine.sums import finish, intervals
 
@@ -111,16 +111,18 @@ class DeviceNetwork(LocalNetwork):
 
     def _bring(self, requests: list[Any]) -> tuple[torch.Tensor, Callable[[], None]]:
         """Return own rows, then the ghosts', which are there after a wait."""
-        values = [dense(r.v).detach() for r in requests]
+        values = [visible(r).detach() for r in requests]
         self._charge_edges(requests, values)
         own, ghosts = torch.cat(values), self._ghosts
         if self._layout.size == 1:
             return own, lambda: None
         if not isinstance(requests[0].v, torch.Tensor):  # codecs are the CPU's
-            far = ghosts.send_packed([r.v for r in requests], self._blocks)
+            on_cpu = [value.cpu() for value in values]
+            base, addresses = self._addresses(on_cpu)
+            far = self._send(requests, on_cpu, base, addresses)
             assert far is not None
             far.finish()
-            return torch.cat([own, rows_at(far.addresses, own[:0].cpu()).to(self._device)]), lambda: None
+            return torch.cat([own, rows_at(far.addresses, on_cpu[0]).to(self._device)]), lambda: None
         ghosts.compare(own[:1].nbytes)
         everything = own.new_empty(len(own) + len(ghosts.positions), own.shape[1])
         everything[: len(own)] = own

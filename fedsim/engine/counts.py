@@ -46,3 +46,26 @@ class Counts:
         """Set the counts to saved ones."""
         for name, value in saved.items():
             setattr(self, name, int(value))
+
+
+@dataclass
+class Packed:
+    """What packets weigh, in bytes, beside the same values unpacked.
+
+    Attributes:
+        packed, dense: all that was sent along edges as packets, and what it would have been without.
+        excess: bytes that packets of single requests weighed more than dense values.
+    """
+
+    packed: int = 0
+    dense: int = 0
+    excess: int = 0
+
+    def add(self, packed: int, dense: int) -> None:
+        """Add what one request sent."""
+        self.packed, self.dense = self.packed + packed, self.dense + dense
+        self.excess += max(0, packed - dense)
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return asdict(self)

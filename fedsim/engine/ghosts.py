@@ -45,6 +45,7 @@ class Ghosts:
 
     Attributes:
         positions: int64 `[ghosts]`, where they stand. nodes: their node numbers.
+        copies: public copies of theirs `[ghosts, dim]`, by name, which their packets move.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -61,6 +62,7 @@ class Ghosts:
         self._places = {int(r): np.flatnonzero(owners == r) for r in np.unique(owners)}  # among the ghosts
         far_owner = layout.owner(far)
         self._to = {r: np.unique(own[far_owner == r]) - layout.lo for r in self._places}
+        self.copies: dict[str, NDArray] = {}
 
     def local(self, csr: Csr) -> Csr:
         """Return this rank's rows of a matrix over positions; columns are own rows, then ghosts, order kept."""
@@ -143,8 +145,13 @@ class Ghosts:
 
         return Underway(addresses, finish)
 
-    def send_packed(self, packets: Sequence[Packet], blocks: Sequence[slice]) -> Underway | None:
+    def send_packed(
+        self, packets: Sequence[Packet], blocks: Sequence[slice], onto: NDArray | None = None, name: str = ""
+    ) -> Underway | None:
         """Send the bodies of the rows that others need; the ghosts' rows are decoded where they will lie.
+
+        Args:
+            onto: rows `[ghosts, dim]` that they are added to; the sums are then the ghosts' copies of this name.
 
         Raises:
             RunError: as `Underway.finish`.
@@ -171,8 +178,39 @@ class Ghosts:
                 ends = np.cumsum(lengths[peer])
                 for place, end, length in zip(self._places[peer], ends, lengths[peer], strict=True):
                     far[place] = packets[0].decode(body[end - length : end].tobytes())
+            if onto is not None:
+                np.add(onto, far, out=far)
+                self.copies[name] = far
 
         return Underway(addresses_of(far), finish)
+
+    def send_copies(
+        self, name: str, places: Ints, like: NDArray, packets: Sequence[Packet], blocks: Sequence[slice]
+    ) -> Underway | None:
+        """Send packets, and say where the ghosts' public copies, moved by theirs, will lie; None with one rank.
+
+        Copies that this rank does not hold (at first, and after a checkpoint) come whole: all know where they start.
+
+        Args:
+            places, like: of the own copies, as in `send`.
+
+        Raises:
+            RunError: as `Underway.finish`.
+        """
+        before = self.copies.get(name)
+        if before is not None:
+            return self.send_packed(packets, blocks, before, name)
+        came = self.send(places, like)
+        if came is None:
+            return None
+        whole = np.empty((len(self.positions), *like.shape), like.dtype)
+
+        def finish() -> None:
+            came.finish()
+            copy_rows(came.addresses, like.nbytes, whole.ctypes.data)
+            self.copies[name] = whole
+
+        return Underway(addresses_of(whole), finish)
 
     def _check(self, peer: int, theirs: Ints, mine: Ints) -> None:
         if not np.array_equal(theirs, mine):

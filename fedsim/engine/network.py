@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.algorithms.requests import Gather, Gathered, Mean, Mix, Packet, Request, Route, Sum
-from fedsim.engine.counts import Counts
+from fedsim.engine.counts import Counts, Packed
 from fedsim.engine.ghosts import Ghosts, Underway
 from fedsim.engine.layout import Layout
 from fedsim.engine.mixing import by_position, mix_rows
@@ -44,7 +43,7 @@ class LocalNetwork:
         self._degrees = layout.topology.degrees[layout.nodes]
         self._own_ends = int(self._degrees.sum())
         self._places = np.arange(layout.rows, dtype=np.int64)
-        self.packed, self.unpacked, self._warned = 0, 0, False  # bytes of packets, and of the same values unpacked
+        self.packed = Packed()
         self._steps: dict[int, NDArray[np.int64]] = {}  # from row to row, for the width that was last asked for
         self._routes = Routes(layout, blocks, counts)
         self.guard: Guard | None = None
@@ -83,7 +82,7 @@ class LocalNetwork:
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
         offsets, columns, weights = self._matrix(matrix)
-        values = [dense(r.v).contiguous() for r in requests]
+        values = [visible(r).contiguous() for r in requests]
         self._charge_edges(requests, values)
         base, addresses = self._addresses(values)
         mixed = np.empty((self._layout.rows, *values[0].shape[1:]), NUMPY[values[0].dtype])
@@ -107,7 +106,15 @@ class LocalNetwork:
             return None
         if isinstance(requests[0].v, torch.Tensor):
             return self._ghosts.send(base + addresses, values[0][0].detach().numpy())
-        return self._ghosts.send_packed([r.v for r in requests], self._blocks)
+        packets = [r.v for r in requests]
+        if getattr(requests[0], "copies", None) is None:  # Gather has none
+            return self._ghosts.send_packed(packets, self._blocks)
+        like = values[0][0].detach().numpy()
+        return self._ghosts.send_copies(requests[0].name, base + addresses, like, packets, self._blocks)
+
+    def forget(self) -> None:
+        """Drop the copies of other ranks' rows, after the state has changed under them; they then come whole."""
+        self._ghosts.copies.clear()
 
     def _matrix(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
         if name not in self._csr:
@@ -178,22 +185,11 @@ class LocalNetwork:
         else:
             sent = int((self._degrees * lengths(requests, values)).sum())
             counts.bytes += sent
-            self._weigh(sent, self._own_ends * (values[0].nbytes // len(values[0])))
+            self.packed.add(sent, self._own_ends * (values[0].nbytes // len(values[0])))
         counts.messages += self._own_ends
         if self._layout.rank == 0:  # counts are added up over ranks
             counts.communications += self._layout.topology.m
             counts.exchanges += 1
-
-    def _weigh(self, sent: int, dense_size: int) -> None:
-        """Note what packets weigh beside the same values unpacked, and say so once where they weigh more."""
-        self.packed, self.unpacked = self.packed + sent, self.unpacked + dense_size
-        if sent > dense_size and not self._warned and self._layout.rank == 0:
-            self._warned = True
-            warnings.warn(
-                f"compressed messages cost {sent / dense_size:.2f} times what dense ones of the same type would:"
-                " keep less, or send values in a shorter type",
-                stacklevel=2,
-            )
 
     def _charge_sum(
         self,
@@ -250,6 +246,12 @@ def refuse_misfit(request: Any, rows: int, n: int) -> None:
         raise RunError(f"{what} with rows {mask.dtype} {mask.shape}: a boolean mask by node number, ({n},), is needed")
 
 
+def visible(request: Any) -> torch.Tensor:
+    """Return the rows that neighbours see of a request: of a packet, the copies that it moves, where there are any."""
+    copies = getattr(request, "copies", None)
+    return dense(request.v) if copies is None else copies
+
+
 def lengths(requests: list[Any], values: list[torch.Tensor]) -> NDArray[np.int64]:
     """Return the bytes of each row's body, int64 `[rows]`."""
     parts = [
@@ -266,6 +268,8 @@ def describe(request: Request) -> str:
     if v is not None:
         packed = "" if isinstance(v, torch.Tensor) else " packed"
         parts.append(f"of {tuple(dense(v).shape[1:])} {str(dense(v).dtype).removeprefix('torch.')}{packed}")
+    if getattr(request, "copies", None) is not None:
+        parts.append(f"onto copies {getattr(request, 'name', '')!r}")
     if getattr(request, "weight", None) is not None:
         parts.append("with weights")
     mask = getattr(request, "rows", None)

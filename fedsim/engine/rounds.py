@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -15,7 +17,7 @@ from fedsim.algorithms.algorithm import SyncAlgorithm
 from fedsim.algorithms.requests import Rows
 from fedsim.engine.accelerator import DeviceNetwork
 from fedsim.engine.budget import Budget
-from fedsim.engine.counts import Counts
+from fedsim.engine.counts import Counts, Packed
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
 from fedsim.engine.oracle import BlockOracle
@@ -82,6 +84,7 @@ class Rounds:
         self._quiet = [BlockOracle(problem, own, self._streams, Counts()) for own in nodes]
         self._states: list[Any] = []
         self._round = 0
+        self._packed, self._warned = Packed(), False  # of all ranks, when they were last asked
 
     def set_pace(self, pace: Pace | None) -> None:
         """Have every gradient last as long as a pace says; None: as fast as it can."""
@@ -128,7 +131,7 @@ class Rounds:
         while self._round + 1 <= until and not self.spent:
             for oracle in self._oracles:
                 oracle.queries.round = self._round
-            before = (self._states, self.counts.as_dict()) if self._budget else None
+            before = (self._states, self.counts.as_dict(), replace(self._network.packed)) if self._budget else None
             try:
                 self._states = self._drive(
                     [
@@ -145,11 +148,12 @@ class Rounds:
             self._round += 1
         self._refuse_divergence()
 
-    def _over(self, states: list[Any], counts: dict[str, int]) -> bool:
+    def _over(self, states: list[Any], counts: dict[str, int], packed: Packed) -> bool:
         """Take back the round that was just played if it passed the budget; a full one ends after it."""
         passed = self._budget.passed(self.counts)
         if passed:
-            self._states = states
+            self._states, self._network.packed = states, packed
+            self._network.forget()
             self.counts.restore({**counts, "queries": self.counts.queries})
         self.spent = passed or self._budget.reached(self.counts)
         return bool(passed)
@@ -172,7 +176,8 @@ class Rounds:
         return torch.cat(answers).cpu()
 
     def measures(self) -> dict[str, float]:
-        """Return the means over all nodes of what the algorithm measures of its rows, and what packets saved."""
+        """Return the means over all nodes of what the algorithm measures of its rows; warn of packets that cost."""
+        self._weigh()
         pairs = zip(self._states, self._quiet, strict=True)
         parts = [self._algorithm.measures(s, oracle) for s, oracle in pairs]
         n = self._layout.n
@@ -184,9 +189,20 @@ class Rounds:
 
     def facts(self) -> dict[str, Any]:
         """Return how much packets weighed beside dense values of the same type."""
-        packed, dense = self._network.packed, self._network.unpacked
-        found = {"compression_ratio": packed / dense} if dense else {}
+        found = {"compression_ratio": self._packed.packed / self._packed.dense} if self._packed.dense else {}
         return found | ({"privacy": self.guard.facts()} if self.guard and self.guard.ledger else {})
+
+    def _weigh(self) -> None:
+        """Add up over ranks what packets weighed, and say so once where those of a request weighed more than dense."""
+        self._packed = Packed(**counts_of_all(self._network.packed, self._layout))
+        if self._packed.excess and not self._warned and self._layout.rank == 0:
+            ratio = self._packed.packed / self._packed.dense
+            warnings.warn(
+                f"compressed messages cost more than dense ones of the same type would ({ratio:.3g} times as much so"
+                " far): keep less, or send values in a shorter type",
+                stacklevel=2,
+            )
+        self._warned = self._packed.excess > 0
 
     def final(self) -> dict[str, NDArray]:
         """Return the state's fields: rows `[rows, ...]`, shared values `[1, ...]`."""
@@ -206,13 +222,18 @@ class Rounds:
         if self.guard and self.guard.ledger:
             saved["ledger.entries"] = np.array(len(self.guard.ledger.entries))
         saved.update({f"count.{name}": np.array(v) for name, v in counts_of_all(self.counts, self._layout).items()})
+        packed = counts_of_all(self._network.packed, self._layout)
+        saved.update({f"packets.{name}": np.array(v) for name, v in packed.items()})
         return saved
 
     def load(self, saved: dict[str, NDArray]) -> None:
         """Go back to a saved state."""
+        self._network.forget()
         self._round, draws = (int(v) for v in saved["round"])
+        self._network.packed = Packed()
         if self._layout.rank == 0:  # counts are added up over ranks
             self.counts.restore({k[6:]: int(v) for k, v in saved.items() if k.startswith("count.")})
+            self._network.packed = Packed(**{k[8:]: int(v) for k, v in saved.items() if k.startswith("packets.")})
         else:
             self.counts.restore(Counts().as_dict())
         kinds = _fields(type(self._states[0]))
@@ -225,7 +246,7 @@ class Rounds:
             for name, is_rows in kinds.items():
                 value = saved.get(f"state.{name}")
                 new[name] = None if value is None else self._restored(block, name, value[rows] if is_rows else value)
-            self._states[block] = dataclasses.replace(self._states[block], **new)
+            self._states[block] = replace(self._states[block], **new)
 
     def query_log(self) -> dict[str, NDArray] | None:
         """Return what the nodes of this rank asked of black boxes (see `Queries.columns`); None: nobody asked."""

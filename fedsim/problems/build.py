@@ -41,10 +41,16 @@ def build(spec: Mapping[str, Any], n: int, seed: int, base: Path) -> Problem:
     problem = _smooth(section, n, seed, base)
     if composite is None or composite.get("kind") == "none":
         return problem
+    from fedsim.problems.composite import OnTensors
     from fedsim.problems.composite import build as term
     from fedsim.problems.regularised import Regularised
 
-    return Regularised(problem, term(composite, base))
+    values = dict(composite)
+    patterns = values.pop("parameters", None)
+    made = term(values, base)
+    if patterns is not None:
+        made = OnTensors(made, tuple(patterns), problem.tensor_names, problem.tensor_sizes)
+    return Regularised(problem, made)
 
 
 def _smooth(section: dict[str, Any], n: int, seed: int, base: Path) -> Problem:

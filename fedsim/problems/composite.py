@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -47,11 +48,11 @@ class Term(ABC):
 
 
 def soft(v: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return `sign(v) max(|v| - threshold, 0)`; zeros are +0.0."""
+    """Return `sign(v) max(|v| - threshold, 0)`; zeros are +0.0, what is no number stays none."""
     import torch
 
     shrunk = torch.sign(v) * (v.abs() - threshold)
-    return torch.where(v.abs() > threshold, shrunk, torch.zeros_like(v))
+    return torch.where(v.abs() <= threshold, torch.zeros_like(v), shrunk)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class GroupLasso(Term):
         out = torch.empty_like(v)
         for columns, root, norm in self._groups(v):
             limit = step * self.weight * root
-            kept = norm > limit
+            kept = ~(norm <= limit)  # a norm that is no number is kept: it must be seen
             factor = torch.where(kept, 1.0 - limit / torch.where(kept, norm, torch.ones_like(norm)), 0.0)[:, None]
             out[:, columns] = torch.where(kept[:, None], v[:, columns] * factor.to(v.dtype), torch.zeros_like(factor))
         return out
@@ -212,12 +213,13 @@ class Box(Term):
             raise InputError(f"low = {self.low} and high = {self.high} given; low < high needed")
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
-        """Return 0 inside, infinity outside."""
-        return _indicator(((x >= self.low) & (x <= self.high)).all(dim=1), x)
+        """Return 0 inside (to rounding), infinity outside."""
+        low, high = (bound + side * rounding(x) * abs(bound) for bound, side in ((self.low, -1), (self.high, 1)))
+        return _indicator(((x >= low) & (x <= high)).all(dim=1), x)
 
     def prox(self, v: torch.Tensor, step: float) -> torch.Tensor:
         """Clip; the step does not matter."""
-        return v.clamp(self.low, self.high)
+        return v.clamp(self.low, self.high) + 0.0  # zeros are +0.0
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ class Ball(Term):
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Return 0 inside (to rounding), infinity outside."""
-        return _indicator(row_sums(x * x).sqrt() <= self.radius * (1.0 + 1e-12), x)
+        return _indicator(row_sums(x * x).sqrt() <= self.radius * (1.0 + rounding(x)), x)
 
     def prox(self, v: torch.Tensor, step: float) -> torch.Tensor:
         """Return `v min(1, radius / ||v||)`."""
@@ -253,7 +255,50 @@ class Ball(Term):
         norm = row_sums(v * v).sqrt()
         inside = norm <= self.radius
         factor = torch.where(inside, torch.ones_like(norm), self.radius / torch.where(inside, 1.0, norm))
-        return v * factor[:, None].to(v.dtype)
+        return v * factor[:, None].to(v.dtype) + 0.0
+
+
+class OnTensors(Term):
+    """A term of some of a model's tensors, the others being free: `parameters` of a scenario's `problem.composite`.
+
+    Args:
+        term: of the chosen coordinates, one after another.
+        patterns: names of tensors, with `*` for anything: `("*weight",)` leaves biases out.
+        names, sizes: of all tensors of a model, in order.
+
+    Raises:
+        InputError: a pattern that names no tensor.
+    """
+
+    def __init__(self, term: Term, patterns: Sequence[str], names: Sequence[str], sizes: Sequence[int]) -> None:
+        import torch
+
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(f"problem.composite.parameters: {pattern!r} names none of {', '.join(names)}")
+        self.term, self.patterns, self.weak_convexity = term, tuple(patterns), term.weak_convexity
+        taken = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
+        self._places = torch.repeat_interleave(torch.tensor(taken), torch.tensor(list(sizes))).nonzero()[:, 0]
+
+    def __repr__(self) -> str:
+        return f"{self.term!r} on {', '.join(self.patterns)}"
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the term's value at the chosen coordinates."""
+        return self.term.value(x[:, self._places])
+
+    def prox(self, v: torch.Tensor, step: float) -> torch.Tensor:
+        """Return the term's prox at the chosen coordinates, v at the others."""
+        out = v.clone()
+        out[:, self._places] = self.term.prox(v[:, self._places], step)
+        return out
+
+
+def rounding(x: torch.Tensor) -> float:
+    """Return what sums and means of x may be off by, relative: means of points on a constraint's edge are feasible."""
+    import torch
+
+    return 64 * torch.finfo(x.dtype).eps
 
 
 def row_sums(values: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fedsim.problems.data.table import Data
 from fedsim.problems.dense import SLOPES, DenseRecords
 from fedsim.problems.losses import LOSSES, PerRecord, refuse_misfit
 from fedsim.problems.models.mlp import stack
-from fedsim.problems.per_record import ModuleRecords, record_loss
+from fedsim.problems.per_record import ModuleRecords
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 from fedsim.problems.row_gradients import RowGradients
 
@@ -31,8 +31,10 @@ class ModuleProblem(Problem):
     below a fixed number of bytes: records are taken in parts whose size follows from the module alone.
 
     Args:
-        model: copied; its parameters are the start. Buffers (batch norm's, say) are not supported.
-        data: features `[N, d]` are the model's input, of text all characters but the last (int64).
+        model: copied; its parameters are the start. Buffers are constants: a model that changes them (batch norm) is
+            refused.
+        data: features `[N, d]` are the model's input, of text all characters but the last (int64). Other
+            features come in `dtype`, whole numbers too: a model that looks them up says `x.long()`.
         parts: record numbers of each node.
         loss: `cross_entropy`, `mean_square`, `next_character`, or a function
             `(output [m, ...], labels [m]) -> losses [m]`.
@@ -40,11 +42,13 @@ class ModuleProblem(Problem):
         dtype: of parameters and gradients, float64 or float32.
 
     Raises:
-        InputError: the model has buffers or draws random numbers, or model, loss and data do not fit.
+        InputError: the model changes its buffers, draws random numbers or lets records depend on each other, or
+            model, loss and data do not fit.
     """
 
     kind = "module"
     common_start = True
+    own_start = True
 
     def __init__(
         self,
@@ -56,8 +60,6 @@ class ModuleProblem(Problem):
         weights: str = "uniform",
         dtype: str = "float64",
     ) -> None:
-        if any(True for _ in model.buffers()):
-            raise InputError("problem module: the model has buffers (batch norm?); nodes own parameters only")
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError("problem module: the model has no trainable parameters")
         self.n, self.l2, self.data, self.parts = len(parts), l2, data, parts
@@ -94,6 +96,11 @@ class ModuleProblem(Problem):
     def tensor_sizes(self) -> list[int]:
         """Numbers of parameters of the model's tensors."""
         return self._rows.sizes
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the model's trainable parameters, as torch has them."""
+        return self._rows.names
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
@@ -136,10 +143,9 @@ class ModuleProblem(Problem):
     def per_record(self) -> DenseRecords | ModuleRecords:
         """Return per-record gradients: in factors for stacks of linear layers, else by `vmap`."""
         layers = stack(self._model) if isinstance(self._loss, str) and self._loss in SLOPES else None
-        if layers is not None:
+        if layers is not None and sum(layer.size for layer in layers[0]) == self.dim:  # all trained, none twice
             return DenseRecords(*layers, SLOPES[str(self._loss)], self._records_of)
-        loss = record_loss(self._model, self._rows.named, self._per_record)
-        return ModuleRecords(self._records_of, loss, self._rows.sizes, self._dtype)
+        return ModuleRecords(self._records_of, self._rows.record_loss, self._rows.sizes, self._dtype)
 
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes, how rows are played and whether their bits are promised, the partition's table."""

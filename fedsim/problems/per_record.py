@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,16 +98,3 @@ class ModuleRecords:
     def at(self, node: int, records: NDArray[np.int64], x: torch.Tensor) -> Explicit:
         """Return the gradients of these records."""
         return Explicit(self._gradients(x, *self._records(node, records)), self._sizes)
-
-
-def record_loss(
-    model: torch.nn.Module,
-    named: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-    per_record: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return `(x, a, b) -> loss` of one record of a model whose parameters are `named(x)`."""
-
-    def loss(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return per_record(functional_call(model, named(x), (a[None],)), b[None])[0]
-
-    return loss

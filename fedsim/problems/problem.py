@@ -76,6 +76,15 @@ def refuse_undeclared(problem: Problem) -> None:
             )
 
 
+def refuse_step(problem: Problem, step: float, where: str) -> None:
+    """Refuse a step at which the prox of r is no minimiser, since r is not convex enough; `where` names the key."""
+    if step * problem.weak_convexity >= 1.0:
+        raise InputError(
+            f"{where}: {step:g} given; problem.composite is weakly convex (rho = {problem.weak_convexity:g}), and its"
+            f" prox needs a step below 1/rho = {1.0 / problem.weak_convexity:g}"
+        )
+
+
 class Problem(ABC):
     """`n` local objectives over `R^dim`.
 
@@ -86,6 +95,7 @@ class Problem(ABC):
         n: number of nodes. dim: length of a model.
         records: int64 `[n]`, records per node (0 where the objective has none).
         L, mu: float64 `[n]`, smoothness and strong convexity of each `f_i`; None where unknown.
+        weak_convexity: of r: the least rho >= 0 that makes `r + (rho/2) ||.||^2` convex; its prox needs `step < 1/rho`.
         kind: the registered name.
     """
 
@@ -95,10 +105,12 @@ class Problem(ABC):
     records: NDArray[np.int64]
     L: NDArray[np.float64] | None = None
     mu: NDArray[np.float64] | None = None
+    weak_convexity: float = 0.0
     box: tuple[float, float] | None = None  # every coordinate's bounds; None: all of R^dim
     noise: float = 0.0  # standard deviation of what is added to every function value that is asked for
     has_gradient: bool = True
     common_start: bool = False  # whether `start` is the same on every node
+    own_start: bool = False  # whether nodes start there unless the scenario says otherwise
     rows_alone: bool = False  # whether gradients of rows are computed one by one, however many share the call
 
     @property
@@ -112,6 +124,11 @@ class Problem(ABC):
     def tensor_sizes(self) -> list[int]:
         """Numbers of parameters of the model's tensors, in the order in which x holds them; one tensor here."""
         return [self.dim]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the model's tensors, in the order of `tensor_sizes`."""
+        return ["x"]
 
     @property
     def has_composite(self) -> bool:

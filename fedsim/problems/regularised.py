@@ -30,7 +30,8 @@ class Regularised(Problem):
         self.smooth, self.term = smooth, term
         self.kind, self.n, self.dim, self.records = smooth.kind, smooth.n, smooth.dim, smooth.records
         self.L, self.mu = smooth.L, smooth.mu
-        self.common_start, self.rows_alone = smooth.common_start, smooth.rows_alone
+        self.common_start, self.own_start, self.rows_alone = smooth.common_start, smooth.own_start, smooth.rows_alone
+        self.weak_convexity = term.weak_convexity
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,6 +42,11 @@ class Regularised(Problem):
     def tensor_sizes(self) -> list[int]:
         """Numbers of parameters of the model's tensors."""
         return self.smooth.tensor_sizes
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the model's tensors."""
+        return self.smooth.tensor_names
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""

@@ -2,8 +2,9 @@
 
 `torch.func.vmap` plays all rows of a call in one. That keeps the bits of a row independent of its co-rows only for
 operations that torch computes the same for any number of rows; a module that uses another one (convolutions, gelu and
-sigmoid as torch computes them, recurrent cells), or that cannot be vmapped, is played row by row. Which way is a
-property of the module, found once by looking at the operations of a tiny gradient, never of machine or block.
+sigmoid as torch computes them, recurrent cells), that multiplies all rows by one matrix (a layer that is not trained),
+or that cannot be vmapped, is played row by row. Which way is a property of the module, found once by looking at the
+operations of a tiny gradient, never of machine or block.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ _unsafe_view native_layer_norm native_layer_norm_backward
 """
 KEEPS_BITS = frozenset(_STEADY.split())
 """Operations (of aten) whose result for one row was found not to depend on the rows beside it."""
+SHARED_MATRIX = frozenset({"mm", "addmm", "mv", "addmv", "dot"})
+"""What products become under vmap where all rows share a factor; where each row has its own they become `bmm`."""
+APART = 0.1  # standard deviation of the noise on the first parameters at which records are asked for one another
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,15 @@ class RowGradients:
         a, b: all records `[N, ...]` and their labels `[N, ...]`, on the same device.
 
     Raises:
-        InputError: the model draws random numbers, or has a loss that is not one number per record.
+        InputError: the model draws random numbers or changes its buffers, has a loss that is not one number per
+            record, or records whose losses depend on each other.
     """
 
     def __init__(self, model: torch.nn.Module, per_record: PerRecord, a: torch.Tensor, b: torch.Tensor) -> None:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._model, self._per_record, self._a, self._b = model, per_record, a, b
-        self._names, self._trained = [name for name, _ in trained], [p for _, p in trained]
+        self.names, self._trained = [name for name, _ in trained], [p for _, p in trained]
+        self._places = _places(model, self._trained)
         self._shapes = [p.shape for p in self._trained]
         self.sizes = [p.numel() for _, p in trained]
         self.initial = torch.cat([p.detach().reshape(-1) for _, p in trained]).clone()
@@ -105,18 +111,22 @@ class RowGradients:
     def outputs(self, x: torch.Tensor, a: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield parts of the records `a` and what the model `x [dim]` makes of them."""
         with torch.no_grad():
-            named = self.named(x)
             for records in self._parts(len(a)):
-                yield records, functional_call(self._model, named, (a[records],))
+                yield records, self.output(x, a[records])
 
-    def named(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the model's parameters by name, as parts of `x [dim]`."""
-        parts = x.split(self.sizes)
-        return {name: p.reshape(s) for name, p, s in zip(self._names, parts, self._shapes, strict=True)}
+    def output(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Return what the model with parameters `x [dim]` makes of the records `a`."""
+        parts = [p.reshape(shape) for p, shape in zip(x.split(self.sizes), self._shapes, strict=True)]
+        named = {place: parts[number] for place, number in self._places.items()}
+        return functional_call(self._model, named, (a,), tie_weights=False)
+
+    def record_loss(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the loss of one record `a` with its label `b`."""
+        return self._per_record(self.output(x, a[None]), b[None])[0]
 
     def weighted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return one row's weighted loss."""
-        return (weights * self._per_record(functional_call(self._model, self.named(x), (a,)), b)).sum()
+        return (weights * self._per_record(self.output(x, a), b)).sum()
 
     def _one(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Write one row's gradient to `out [dim]`."""
@@ -159,7 +169,7 @@ class RowGradients:
     def _look(self) -> Nature:
         self.nature = Nature("not looked at yet", 1 << 20)
         four = torch.arange(4, device=self._a.device) % len(self._a)
-        before = torch.get_rng_state()
+        before, buffers = torch.get_rng_state(), {name: b.clone() for name, b in self._model.named_buffers()}
         small, large = self._operations(four[:2]), self._operations(four)
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
@@ -167,6 +177,13 @@ class RowGradients:
                 "problem module: the model draws random numbers (dropout?), which would follow neither the scenario's"
                 " seed nor the nodes; call its eval(), or leave that layer out"
             )
+        changed = [name for name, b in self._model.named_buffers() if not torch.equal(b, buffers[name])]
+        if changed:
+            raise InputError(
+                f"problem module: the model changes its buffers ({', '.join(changed)}) as it reads records (batch"
+                " norm?), and nodes own parameters only; use group or layer norm, or call eval()"
+            )
+        self._refuse_company()
         # outputs of operations are partly views, and not all alive at the same time: a half is a generous estimate
         held = max(1, (large.elements - small.elements) // 4 * self.initial.element_size())
         return Nature(self._why_alone(large.names, four), held)
@@ -181,8 +198,7 @@ class RowGradients:
     def _refuse_shape(self, a: torch.Tensor, b: torch.Tensor) -> None:
         try:
             with torch.no_grad():
-                output = functional_call(self._model, self.named(self.initial), (a,))
-                shape = tuple(self._per_record(output, b).shape)
+                shape = tuple(self._per_record(self.output(self.initial, a), b).shape)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise InputError(
                 f"problem module: {type(self._model).__name__} cannot be played on {len(a)} records of shape"
@@ -191,16 +207,55 @@ class RowGradients:
         if shape != (len(a),):
             raise InputError(f"problem module: the loss of {len(a)} records has shape {shape}, [{len(a)}] is needed")
 
+    def _refuse_company(self) -> None:
+        """Refuse a model that reads a record otherwise where others share the call: f_i is a mean over records."""
+        eight = torch.linspace(0, len(self._a) - 1, 8).long().to(self._a.device)
+        noise = torch.randn(len(self.initial), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = self.initial + APART * noise.to(self.initial)
+        with torch.no_grad():
+            whole, *pairs = (
+                self._per_record(self.output(x, self._a[own]), self._b[own]) for own in (eight, *eight.split(2))
+            )
+        in_pairs, tolerance = torch.cat(pairs), torch.finfo(x.dtype).eps ** 0.4  # of rounding, with room
+        if not torch.allclose(whole, in_pairs, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise InputError(
+                f"problem module: eight records taken together have the losses {_few(whole)}, two by two"
+                f" {_few(in_pairs)} (batch norm?); a node's objective is a mean over records: use group or layer norm"
+            )
+
     def _why_alone(self, names: set[str], places: torch.Tensor) -> str | None:
         unknown = sorted(names - KEEPS_BITS)
         if unknown and self._a.device.type == "cpu":  # elsewhere no bits are promised, and rows together are faster
             return f"bits of {', '.join(unknown)} may depend on the rows beside"
         weights, twice = self.initial.new_full((2, len(places)), 1.0), places.expand(2, -1)
         try:
-            self._gradient(self.initial.expand(2, -1), self._a[twice], self._b[twice], weights)
+            with _Operations() as seen:
+                self._gradient(self.initial.expand(2, -1), self._a[twice], self._b[twice], weights)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             return f"it cannot be vmapped: {str(error).splitlines()[0]}"
+        if seen.names & SHARED_MATRIX:
+            return (
+                "all rows share a matrix (a layer that is not trained), whose products' bits may depend on their number"
+            )
         return None
+
+
+def _few(losses: torch.Tensor) -> str:
+    return ", ".join(f"{loss:.3g}" for loss in losses.tolist())
+
+
+def _places(model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> dict[str, int]:
+    """Return the place in `trained` of what hangs where, one path for each place: a shared one hangs at several.
+
+    A module that is used under two names is one place: torch, left to tie weights itself, does not put it back.
+    """
+    number = {id(p): place for place, p in enumerate(trained)}
+    return {
+        f"{path}.{name}" if path else name: number[id(p)]
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in number
+    }
 
 
 class _Operations(TorchDispatchMode):

@@ -221,8 +221,8 @@ def _refuse_larger_than_memory(records: int, dim: int, path: Path) -> None:
     needed, there = 8 * records * dim, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 3:
         raise InputError(
-            f"data.file: {path} has {records} records of {dim} features, {needed / 2**30:.3g} GiB as a dense matrix; this"
-            f" machine has {there / 2**30:.3g}; keep fewer features"
+            f"data.file: {path} has {records} records of {dim} features, {needed / 2**30:.3g} GiB as a dense matrix;"
+            f" this machine has {there / 2**30:.3g}; keep fewer features"
         )
 
 

@@ -202,7 +202,8 @@ def checked(data: Data, constant: Constant = "refuse") -> Data:
     largest = max(float(np.abs(data.features).max()), float(np.abs(data.labels).max()))
     if largest > LARGEST:
         raise InputError(
-            f"data {data.name!r}: a value of {largest:.2g}, whose square is out of range; give that column in larger units"
+            f"data {data.name!r}: a value of {largest:.2g}, whose square is out of range; give that column in larger"
+            " units"
         )
     if data.task != "regression" and len(np.unique(data.labels)) < 2:
         only = data.classes[int(data.labels[0])]
