@@ -180,7 +180,7 @@ def run_one(
     facts = _facts(prepared)
     guard = getattr(player, "guard", None)
     if guard is not None:
-        guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
+        guard.open(root, again, saved or {})
     facts |= player.facts() | _non_private(observer, guard)
     facts["status"] = "running"
     if journal:
