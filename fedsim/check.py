@@ -32,10 +32,12 @@ def check(
     """
     from fedsim.engine.machine import prepare as prepare_machine
     from fedsim.prepare import prepare
+    from fedsim.privacy.study import refuse_mixtures
     from fedsim.scenario import Study, load_study
 
     prepare_machine()
     study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
+    refuse_mixtures((run.variant or run.folder, run.privacy) for run in (*study.tuning, *study.runs))
     shared: dict[str, Any] = {}
     first = {run.variant: run for run in reversed(study.runs)}
     variants = dict.fromkeys(run.variant for run in study.runs)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
     from fedsim.engine.player import Player
     from fedsim.prepare import Prepared
-    from fedsim.privacy.guard import Guard
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
@@ -181,7 +180,7 @@ def run_one(
     guard = getattr(player, "guard", None)
     if guard is not None:
         guard.open(root, again, saved or {})
-    facts |= player.facts() | _non_private(observer, guard)
+    facts |= player.facts() | _non_private(prepared, observer)
     facts["status"] = "running"
     if journal:
         journal.begin(facts, done)
@@ -381,12 +380,18 @@ def _facts(p: Prepared) -> dict[str, Any]:
     }
 
 
-def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
-    """Return which columns of a private run are computed on data without protection."""
-    if guard is None or guard.ledger is None:
+def _non_private(p: Prepared, observer: Observer) -> dict[str, Any]:
+    """Return which columns of a private run, and which of its reasons to stop, the guarantee does not cover."""
+    from fedsim.algorithms.private import PrivateAlgorithm
+
+    if p.setting.privacy is None or not isinstance(p.algorithm, PrivateAlgorithm):
         return {}
+    secret = p.algorithm.secret_counts(p.setting)
     note = "computed on the data, outside of the guarantee, as is problem.partition"
-    return {"non_private": {"columns": list(observer.names), "note": note}}
+    if secret:
+        note += f"; {', '.join(secret)} count what was drawn, and sampling protects only while that is secret"
+    stop = [name for name in p.scenario.stop or {} if name in (*observer.names, *secret)]
+    return {"non_private": {"columns": [*observer.names, *secret], "stop": stop, "note": note}}
 
 
 def final_digest(p: Prepared, player: Player) -> str | None:

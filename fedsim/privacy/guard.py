@@ -44,6 +44,7 @@ class Guard:
     Attributes:
         ledger: what was released; None without privacy.
         refusal: the release that the budget refused, or None.
+        noise: where all secrets come from.
         taps: called with every release and what an observer sees of it (an audit listens here).
     """
 
@@ -60,7 +61,7 @@ class Guard:
         self._layout, self._shares, self._records = layout, problem.shares, problem.records
         self._longest = int(problem.records.max())
         secure = privacy is not None and privacy.secure_noise
-        self._noise, self._key = Noise(layout, None if secure else seed), "system" if secure else f"{seed:016x}"
+        self.noise, self._key = Noise(layout, None if secure else seed), "system" if secure else f"{seed:016x}"
         self.refusal: str | None = None
         self.taps: list[Tap] = []
         self.ledger: Ledger | None = None
@@ -144,14 +145,14 @@ class Guard:
         sums: list[Request] = [Sum(v, weight=w, rows=first.rows) for v, w in zip(values, weights, strict=True)]
         total = network.answer(sums)[0]
         if trust == "central":
-            drawn = self._noise.common_normal(first.charge.name, self._step(first), total.shape[1])
+            drawn = self.noise.common_normal(first.charge.name, self._step(first), total.shape[1])
             total = total + (self.deviation(first.charge, first.radius) * torch.from_numpy(drawn)).to(total.dtype)
         for tap in self.taps:
             tap(first, (torch.cat(values) if trust == "local" else total).double().numpy())
         return [total] * len(requests)
 
     def _with_own_noise(self, request: Release, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        drawn = self._noise.normal(request.charge.name, self._step(request), values[0].shape[1])
+        drawn = self.noise.normal(request.charge.name, self._step(request), values[0].shape[1])
         noise = torch.from_numpy(self.message_deviations(request.charge, request.radius)[:, None] * drawn)
         parts = noise.to(values[0].dtype).split([len(v) for v in values])
         return [v + part for v, part in zip(values, parts, strict=True)]
@@ -173,7 +174,7 @@ class Guard:
             return [r.v for r in requests]
         v, radius = torch.cat([r.v for r in requests]), torch.cat([r.radius for r in requests])
         whole = Perturb(first.round, v, first.charge, radius)
-        drawn = torch.from_numpy(self._noise.normal(first.charge.name, self._step(first), first.v.shape[1]))
+        drawn = torch.from_numpy(self.noise.normal(first.charge.name, self._step(first), first.v.shape[1]))
         noise = torch.from_numpy(self.row_deviations(first.charge, whole.radius))[:, None] * drawn
         noisy = whole.v + noise.to(first.v.dtype)
         for tap in self.taps:
@@ -190,9 +191,9 @@ class Guard:
     def _subsample(self, first: Subsample, network: LocalNetwork) -> list[Any]:
         charge, blocks = first.charge, network.blocks
         if first.of == "workers":
-            return [self._noise.common_uniform("workers", first.round, self._layout.n) < charge.rate] * len(blocks)
+            return [self.noise.common_uniform("workers", first.round, self._layout.n) < charge.rate] * len(blocks)
         records = self._records[self._layout.nodes][:, None]
-        drawn = self._noise.uniform(f"batch {charge.name}", self._step(first), self._longest)
+        drawn = self.noise.uniform(f"batch {charge.name}", self._step(first), self._longest)
         weights = ((drawn < charge.rate) & (np.arange(self._longest) < records)) / (charge.rate * records)
         return [weights[rows] for rows in blocks]
 
