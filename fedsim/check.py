@@ -36,6 +36,7 @@ def check(
     from fedsim.checks import Mistakes
     from fedsim.engine.machine import prepare as prepare_machine
     from fedsim.prepare import prepare
+    from fedsim.privacy.study import refuse_mixtures
     from fedsim.run import observer_of
     from fedsim.scenario import Study, load_study
 
@@ -43,6 +44,7 @@ def check(
         raise InputError(f"check: precision {precision:g} given; a number between 0 and 1 is needed")
     prepare_machine()
     study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
+    refuse_mixtures((run.variant or run.folder, run.privacy) for run in (*study.tuning, *study.runs))
     shared: dict[str, Any] = {}
     mistakes, found = Mistakes(), []
     for run in reversed({run.variant: run for run in reversed(study.runs)}.values()):

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
     from fedsim.engine.player import Player
     from fedsim.prepare import Prepared
-    from fedsim.privacy.guard import Guard
     from fedsim.problems.problem import Problem
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
@@ -212,8 +211,8 @@ def run_one(
             done, wall = int(saved.pop("journal.rows")), float(saved.pop("journal.wall_seconds"))
             player.load(own_part(saved, player.row_names, layout))
         if guard is not None:
-            guard.open(root, again, 0 if saved is None else int(saved.get("ledger.entries", 0)))
-        facts |= player.facts() | observer.facts | _non_private(observer, guard)
+            guard.open(root, again, saved or {})
+        facts |= player.facts() | observer.facts | _non_private(prepared, observer)
         if journal:
             journal.begin(facts, done)
         with watched(float(scenario.engine["timeout"]), lost):
@@ -445,12 +444,18 @@ def notes(p: Prepared) -> list[str]:
     return [*p.algorithm.notes(p.setting), *([broken] if broken else [])]
 
 
-def _non_private(observer: Observer, guard: Guard | None) -> dict[str, Any]:
-    """Return which columns of a private run are computed on data without protection."""
-    if guard is None or guard.ledger is None:
+def _non_private(p: Prepared, observer: Observer) -> dict[str, Any]:
+    """Return which columns of a private run, and which of its reasons to stop, the guarantee does not cover."""
+    from fedsim.algorithms.private import PrivateAlgorithm
+
+    if p.setting.privacy is None or not isinstance(p.algorithm, PrivateAlgorithm):
         return {}
+    secret = p.algorithm.secret_counts(p.setting)
     note = "computed on the data, outside of the guarantee, as is problem.partition"
-    return {"non_private": {"columns": list(observer.names), "note": note}}
+    if secret:
+        note += f"; {', '.join(secret)} count what was drawn, and sampling protects only while that is secret"
+    stop = [name for name in p.scenario.stop or {} if name in (*observer.names, *secret)]
+    return {"non_private": {"columns": [*observer.names, *secret], "stop": stop, "note": note}}
 
 
 def final_digest(p: Prepared, player: Player) -> str | None:

@@ -63,7 +63,7 @@ def main(folder):
     found["whole"] = fedsim.load(folder / "top-k-far").digest
     played("top-k", folder / "cut", there, schedule={"horizon": 2})
     (folder / "cut" / "scenario.yaml").write_text((folder / "top-k-far" / "scenario.yaml").read_text())
-    facts = json.loads((folder / "cut" / "run.json").read_text())
+    facts = json.loads((folder / "top-k-far" / "run.json").read_text())
     (folder / "cut" / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
     found["resumed"] = fedsim.resume(folder / "cut").digest
     try:

@@ -241,17 +241,76 @@ def test_the_same_release_is_charged_once_and_another_one_again():
     assert fresh.epsilon() == pytest.approx(epsilon_of(math.sqrt(2) / 5, DELTA))
 
 
-def test_a_ledger_is_on_disk_line_by_line_and_survives_a_kill(tmp_path):
-    """Every entry is in the file when `write` returns; a cut last line is dropped; a ledger that forgets is refused."""
+def test_a_ledger_is_on_disk_line_by_line_and_survives_kills(tmp_path):
+    """Every entry is in the file when `write` returns; lines cut off by two kills are dropped, no others."""
     ledger = Ledger(DELTA, "replace_one", [1.0])
-    ledger.open(tmp_path, {"delta": DELTA}, again=False)
+    assert ledger.open(tmp_path, again=False) == ""
+    ledger.begin({"delta": DELTA})
     ledger.write([Entry(0, "refresh", 0, 5.0), Entry(1, "difference", 0, 50.0)])
-    text = (tmp_path / FILE).read_text()
-    assert read(text) == ({"delta": DELTA}, ledger.entries)
+    file = tmp_path / FILE
+    assert read(file.read_text()) == ({"delta": DELTA}, ledger.entries)
+    assert json.loads(file.read_text().split("\n")[1])["z"] == 5.0
     ledger.close()
-    later = Ledger(DELTA, "replace_one", [1.0])
-    later.merge(text + '{"round": 2, "rel', least=2)
-    assert later.epsilon() == ledger.epsilon()
-    with pytest.raises(RunError, match="2 releases are there, the checkpoint has counted 3"):
-        Ledger(DELTA, "replace_one", [1.0]).merge(text, least=3)
-    assert json.loads(text.split("\n")[1])["z"] == 5.0
+    for kill in range(2):
+        with file.open("a") as sink:
+            sink.write('{"round": 2, "rel')
+        later = Ledger(DELTA, "replace_one", [1.0])
+        later.merge(later.open(tmp_path, again=True), least=2 + kill)
+        later.write([Entry(2 + kill, "difference", 0, 50.0)])
+        later.close()
+    whole = Ledger(DELTA, "replace_one", [1.0])
+    whole.merge(file.read_text()[:-1])  # an editor took the last end of line
+    assert [entry.round for entry in whole.entries] == [0, 1, 2, 3]
+    assert whole.epsilon() == later.epsilon() > ledger.epsilon()
+
+
+def test_a_ledger_that_forgets_or_was_changed_is_refused(tmp_path):
+    """Fewer releases than a checkpoint counted, other ones, and lines that are no releases are named."""
+    ledger = Ledger(DELTA, "replace_one", [1.0])
+    ledger.open(tmp_path, again=False)
+    ledger.begin({"delta": DELTA})
+    ledger.write([Entry(k, "refresh", 0, 5.0) for k in range(3)])
+    ledger.close()
+    text = (tmp_path / FILE).read_text()
+
+    def merged(text, **counted):
+        Ledger(DELTA, "replace_one", [1.0]).merge(text, **counted)
+
+    merged(text, least=3, seal=ledger.seal)
+    with pytest.raises(RunError, match="3 releases are there, the checkpoint has counted 4"):
+        merged(text, least=4)
+    with pytest.raises(RunError, match="the first 3 releases are not those that the checkpoint has counted"):
+        merged(text.replace('"z": 5.0', '"z": 50.0', 1), least=3, seal=ledger.seal)
+    for damaged in ('{"round": 1, "rel', '"z": -5.0', '"rate": 2.0', '"colour": 1'):
+        broken = text.replace(text.split("\n")[2], damaged if "rel" in damaged else f"{{{damaged}}}")
+        with pytest.raises(RunError, match=r"line 3: .* is no release; the file was damaged"):
+            merged(broken)
+    with pytest.raises(RunError, match="line 1: 'nonsense' is no header"):
+        merged("nonsense\n" + text)
+
+
+def test_two_processes_do_not_play_one_run(tmp_path):
+    """Whoever opens a ledger that another holds is refused: both would spend what is left."""
+    one, other = (Ledger(DELTA, "replace_one", [1.0], fresh=True) for _ in range(2))
+    one.open(tmp_path, again=False)
+    with pytest.raises(RunError, match="another process plays this run"):
+        other.open(tmp_path, again=True)
+    one.close()
+    other.open(tmp_path, again=True)
+    other.close()
+
+
+def test_many_unequal_workers_cost_one_call_of_the_accountant(monkeypatch):
+    """Of 200 workers with as many weights the most exposed one is priced, not all: each call may take a second."""
+    from fedsim.privacy import ledger as module
+
+    asked = []
+    monkeypatch.setattr(module, "epsilon_of_events", lambda events, *_: asked.append(events) or 1.0)
+    ledger = Ledger(DELTA, "zero_out", [1.0 - k / 400 for k in range(200)])
+    ledger.write([Entry(k, "gradient", 0, 3.0, 0.1) for k in range(9)])
+    assert ledger.epsilon() == 1.0
+    assert asked == [((3.0, 0.1, 9),)]
+    ledger.write([Entry(9, "local", 1, 2.0, 0.1, worker=7), Entry(9, "local", 1, 2.0, 0.1, worker=8)])
+    asked.clear()
+    ledger.epsilon()
+    assert sorted(asked) == sorted([((3.0, 0.1, 9),), ((2.0, 0.1, 1), (3.0 / (1 - 7 / 400), 0.1, 9))])

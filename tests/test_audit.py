@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+import torch
 from private_cases import prepared, scenario
 from typer.testing import CliRunner
 
@@ -12,7 +14,7 @@ import fedsim
 from fedsim.cli import app
 from fedsim.engine import oracle
 from fedsim.errors import InputError
-from fedsim.privacy import guard, noise
+from fedsim.privacy import clipping, guard, noise
 from fedsim.privacy.audit import audit
 from fedsim.privacy.bounds import certified_epsilon, separation
 from fedsim.privacy.clipping import clipped_sum
@@ -22,8 +24,11 @@ ALGORITHM = {"kind": "diff2_gd", "eta": 1.0, "restart_period": 5, "clip_grad": 1
 DATA = {"kind": "shared_curvature", "records": 3302, "dim": 5}  # n_p = 1651: nine chunks of 200, the last of 51
 
 
-def mechanism(epsilon, **privacy):
-    return prepared(ALGORITHM, DATA, {"epsilon": epsilon, **privacy}, n=2, rounds=20)
+FEW = {**DATA, "records": 400}
+
+
+def mechanism(epsilon, data=DATA, **privacy):
+    return prepared(ALGORITHM, data, {"epsilon": epsilon, **privacy}, n=2, rounds=20)
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 3.0])
@@ -32,11 +37,18 @@ def mechanism(epsilon, **privacy):
     [("central", "replace_one"), ("central", "zero_out"), ("secagg", "replace_one"), ("local", "replace_one")],
 )
 def test_a_right_mechanism_passes(epsilon, trust, relation):
-    """mu is measured within 8 % (4 standard errors of 10,000 trials) and the certified epsilon is below the claim."""
-    verdict = audit(mechanism(epsilon, trust=trust, relation=relation), 10_000)
+    """One record moves releases as far as their noise is made for, which has its size; less is certified than claimed.
+
+    mu is measured within 4 standard errors of 2,000 trials.
+    """
+    verdict = audit(mechanism(epsilon, FEW, trust=trust, relation=relation), 2000)
     assert verdict.broken is None
     assert verdict.claimed == pytest.approx(epsilon)
-    assert 0 < verdict.certified < epsilon
+    assert 0 <= verdict.certified < epsilon
+    assert verdict.reach == {"refresh": pytest.approx(1), "difference": pytest.approx(1)}
+    assert verdict.noise == {"refresh": pytest.approx(1, abs=0.03), "difference": pytest.approx(1, abs=0.03)}
+    assert set(verdict.correlation) == {"rounds", "coordinates", *(["workers"] if trust == "local" else [])}
+    assert all(abs(value) < 0.2 for value in verdict.correlation.values())
     assert abs(verdict.mu_measured - verdict.mu_claimed) < 4 * 2 / math.sqrt(verdict.trials / 2)
 
 
@@ -49,9 +61,19 @@ def test_many_trials_measure_mu_within_five_percent(epsilon, certified, trials):
     assert certified < verdict.certified <= epsilon
 
 
-def halved(monkeypatch):
-    kept = noise.Noise.common_normal
-    monkeypatch.setattr(noise.Noise, "common_normal", lambda *a: kept(*a) / 2)
+def noise_times(factor, kinds=("refresh", "difference")):
+    """Multiply the noise of some kinds of releases."""
+
+    def defect(monkeypatch):
+        for name in ("common_normal", "normal"):
+            kept = getattr(noise.Noise, name)
+
+            def wrong(self, purpose, step, count, kept=kept):
+                return kept(self, purpose, step, count) * (factor if purpose in kinds else 1.0)
+
+            monkeypatch.setattr(noise.Noise, name, wrong)
+
+    return defect
 
 
 def averages_chunk_means(monkeypatch):
@@ -67,27 +89,79 @@ def averages_chunk_means(monkeypatch):
 
 def forgets_replacement(monkeypatch):
     """Take C/n for the sensitivity where a replaced record moves the mean by 2C/n."""
-    kept = guard.Guard.deviation
-    monkeypatch.setattr(guard.Guard, "deviation", lambda *a: kept(*a) / 2)
+    for name in ("deviation", "message_deviations"):
+        kept = getattr(guard.Guard, name)
+        monkeypatch.setattr(guard.Guard, name, lambda *a, kept=kept: kept(*a) / 2)
+
+
+def clips_nothing(monkeypatch):
+    """Leave out the clipping."""
+    monkeypatch.setattr(clipping, "factors", lambda squared, *_: torch.ones_like(squared))
+
+
+def repeats_noise(monkeypatch):
+    """Draw the same noise in every round, as a generator seeded anew does."""
+    for name in ("common_normal", "normal"):
+        kept = getattr(noise.Noise, name)
+        monkeypatch.setattr(noise.Noise, name, lambda self, what, step, count, kept=kept: kept(self, what, 0, count))
+
+
+def one_noise_for_all_workers(monkeypatch):
+    """Let workers that should each add noise of their own add the same."""
+    kept = noise.Noise.common_normal
+    monkeypatch.setattr(noise.Noise, "normal", lambda *a: np.repeat(kept(*a), 2, axis=0))
+
+
+def one_noise_for_all_coordinates(monkeypatch):
+    """Draw one number where a vector is needed."""
+    for name in ("common_normal", "normal"):
+        kept = getattr(noise.Noise, name)
+        monkeypatch.setattr(
+            noise.Noise, name, lambda s, what, step, n, kept=kept: np.repeat(kept(s, what, step, 1), n, axis=1)
+        )
+
+
+DEFECTS = {
+    "half the noise": (noise_times(0.5), r"noise of a refresh is 0\.\d+ times what is claimed"),
+    "nine tenths of the noise": (noise_times(0.9), r"noise of a refresh is 0\.\d+ times what is claimed"),
+    "half the noise of differences": (noise_times(0.5, ["difference"]), r"noise of a difference is 0\.[45]"),
+    "no noise of differences": (noise_times(0.0, ["difference"]), "noise of a difference is 0 times"),
+    "chunk means": (averages_chunk_means, "one record moves a refresh 3.597 times as far as its noise is made for"),
+    "C/n for 2C/n": (forgets_replacement, "one record moves a refresh 2 times as far as its noise is made for"),
+    "no clipping": (clips_nothing, "one record moves a refresh .* times as far"),
+    "the same noise every round": (repeats_noise, "noises of different rounds go together"),
+    "one noise for all coordinates": (one_noise_for_all_coordinates, "noises of different coordinates go together"),
+    "one noise for all workers": (one_noise_for_all_workers, "noises of different workers go together"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+@pytest.mark.parametrize("trust", ["central", "local"])
+def test_defects_are_caught_at_any_epsilon(monkeypatch, name, trust):
+    """Each defect is named, also at epsilon 0.1 and with few trials, where statistics of the attack see nothing."""
+    defect, words = DEFECTS[name]
+    if name == "one noise for all workers" and trust == "central":
+        return
+    defect(monkeypatch)
+    verdict = audit(mechanism(0.1, DATA if name == "chunk means" else FEW, trust=trust), 1000)
+    assert verdict.broken is not None
+    assert re.search(words, verdict.broken)
 
 
 @pytest.mark.parametrize(
     ("defect", "times", "certified"),
-    [(halved, 2.0, 2.2), (averages_chunk_means, 3.597, 3.5), (forgets_replacement, 1.0, None)],
-    ids=lambda v: getattr(v, "__name__", ""),
+    [(noise_times(0.5), 2.0, 2.2), pytest.param(averages_chunk_means, 3.597, 3.5, marks=pytest.mark.slow)],
+    ids=["half the noise", "chunk means"],
 )
-def test_defects_are_caught(monkeypatch, defect, times, certified):
-    """Noise of half the size, and chunk means of equal weight (3.6 times the record's weight), break the claim loudly.
+def test_the_attack_itself_certifies_the_worst_defects(monkeypatch, defect, times, certified):
+    """Half the noise, and chunk means of equal weight (3.6 times the record's weight): mu is so many times the claim.
 
-    A sensitivity that is wrong by two is wrong in the observer's books, too; it is caught by its size.
+    More is certified than the correct mechanism's attack could (epsilon 3, 10,000 trials).
     """
     defect(monkeypatch)
-    verdict = audit(mechanism(3.0), 10_000)
-    if defect is forgets_replacement:
-        assert verdict.mu_measured / verdict.mu_claimed == pytest.approx(2.0, rel=0.1)
-    else:
-        assert verdict.mu_measured / verdict.mu_claimed == pytest.approx(times, rel=0.08)
-        assert verdict.certified > certified
+    verdict = audit(mechanism(3.0, FEW if times == 2.0 else DATA), 10_000)
+    assert verdict.mu_measured / verdict.mu_claimed == pytest.approx(times, rel=0.08)
+    assert verdict.certified > certified
     assert verdict.broken is not None
 
 
@@ -126,24 +200,25 @@ def test_sampled_and_user_level_mechanisms_are_audited():
 def local_steps(**privacy):
     return prepared(
         {**ALGORITHM, "kind": "diff2_bvr_l_sgd", "eta": 0.3, "local_steps": 4, "batch_rate": 0.3, "clip_local": 1.0},
-        DATA, {"multipliers": {"refresh": 4.0, "difference": 4.0, "local": 1.0}, "relation": "zero_out", **privacy},
+        FEW, {"multipliers": {"refresh": 4.0, "difference": 4.0, "local": 1.0}, "relation": "zero_out", **privacy},
         n=2, rounds=20,
     )  # fmt: skip
 
 
 def test_local_releases_are_heard(monkeypatch):
     """BVR-L-SGD's local steps: their shift is the claimed one; half of their noise alone breaks the claim."""
-    verdict = audit(local_steps(), 8000)
+    verdict = audit(local_steps(), 3000)
     assert verdict.broken is None
-    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(4000))
+    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(1500))
     assert verdict.shift_claimed == pytest.approx(0.3 * math.sqrt(10 * 3))  # q/z, ten turns of three releases
-    assert verdict.shift_measured == pytest.approx(verdict.shift_claimed, rel=0.1)
+    assert verdict.shift_measured == pytest.approx(verdict.shift_claimed, rel=0.15)
+    assert verdict.reach == {kind: pytest.approx(1) for kind in ("refresh", "difference", "local")}
     kept = noise.Noise.normal
     monkeypatch.setattr(noise.Noise, "normal", lambda *a: kept(*a) / 2)
-    verdict = audit(local_steps(), 8000)
-    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(4000))
+    verdict = audit(local_steps(), 3000)
+    assert verdict.mu_measured == pytest.approx(verdict.mu_claimed, abs=4 * 2 / math.sqrt(1500))
     assert verdict.shift_measured == pytest.approx(2 * verdict.shift_claimed, rel=0.15)
-    assert "the shift of sampled releases is" in verdict.broken
+    assert re.search(r"the noise of a local is 0\.[45]", verdict.broken)
 
 
 def test_the_command_audits_a_run_and_its_books(tmp_path):

@@ -70,6 +70,91 @@ def test_no_clipped_term_is_longer_than_its_radius_in_float32(far):
     assert radius * (1 - 1e-4) < float(terms.max()) <= radius * (1 + 1e-6)
 
 
+def test_float32_norms_of_wide_layers_are_not_too_small():
+    """200,000 equal inputs: a norm summed in float32 would be 9e-5 too small, nine times the margin of the radii."""
+    features = torch.full((2, 200_000), 1 / 3)
+    records = DenseRecords(
+        [Layer(200_000, 2)], "none", cross_entropy_slope, lambda *_: (features, torch.zeros(2, dtype=torch.int64))
+    )
+    signals = records.at(0, np.arange(2), torch.zeros(400_002))
+    own, exact = signals.squared_norms().sum(1).sqrt(), in_double(signals).squared_norms().sum(1).sqrt()
+    assert float((own / exact - 1).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("near", [1e-2, 1e-4, 1e-6])
+def test_norms_of_cancelling_differences_are_not_too_small(dtype, near):
+    """s a' against (s/2)(2a)' with a small change: what is left of two large parts is never taken for shorter."""
+    generator = torch.Generator().manual_seed(0)
+    a, s = (torch.randn(300, width, generator=generator, dtype=dtype) for width in (8, 5))
+    twice = 2 * a * (1 + near * torch.randn(300, 8, generator=generator, dtype=dtype))
+    layers, nothing = [Layer(1, 1, False), Layer(8, 5, False)], LayerSignals(*torch.zeros(2, 300, 1, dtype=dtype))
+    new, old = (DenseSignals(layers, [nothing, LayerSignals(*part)]) for part in ((twice, s / 2), (a, s)))
+    exact = torch.einsum("mi,mj->mij", (s / 2).double(), twice.double()) - torch.einsum(
+        "mi,mj->mij", s.double(), a.double()
+    )
+    length = exact.flatten(1).norm(dim=1)
+    norms = new.minus(old).squared_norms().sum(1).sqrt()
+    assert float((norms / length).min()) > 1 - 1e-6
+    if near == 1e-2:
+        assert float((norms / length).max()) < 1 + 1e-3
+
+
+OVERFLOWING = {"dense": "softplus", "vmap": "relu"}
+
+
+@pytest.mark.parametrize("activation", OVERFLOWING.values(), ids=OVERFLOWING)
+@pytest.mark.parametrize("clip", [Clip(0.5), Clip(0.5, per_layer=True), Clip(0.5, inner=0.1)], ids=str)
+def test_a_record_without_a_finite_gradient_counts_as_nothing(activation, clip):
+    """Features of 1e25 in float32: the sum is that of the other records; all would see an infinite one."""
+    features = np.random.default_rng(0).normal(size=(6, 3))
+    features[4] = 1e25
+    p = network(features, activation)
+    x, y = p.initial + 0.1, p.initial
+    others, everybody = np.delete(np.arange(6), 4), np.arange(6)
+    for before in (None, y):
+        for chunk in (1, 6):
+            with_it, without = (
+                clipped_sum(p.per_record(), 0, own, np.full(len(own), 0.25), x, clip, before, chunk)
+                for own in (everybody, others)
+            )
+            assert torch.allclose(with_it, without, rtol=1e-6, atol=1e-9)
+            assert float(without.norm()) > 1e-3
+
+
+def network(features, activation):
+    from fedsim.problems.data.table import Data
+
+    data = Data(features, np.arange(len(features)) / 10, {}, "made", "regression", (), ("a", "b", "c"))
+    return ModuleProblem(
+        mlp(3, 1, [4], 0, activation), data, [np.arange(len(features))], "mean_square", dtype="float32"
+    )
+
+
+def test_layers_are_the_same_by_factors_and_written_down():
+    """Per layer a weight matrix and its biases are one group, whichever way the gradients are computed."""
+    p = problem({**NETWORK, "hidden": [9, 7]})
+    (x, y), records, weights = points(p, 0.1), np.arange(20), np.full(20, 0.05)
+    written = ModuleRecords(p._records_of, p._rows.record_loss, p._rows.layer_sizes)
+    assert p._rows.layer_sizes == [layer.size for layer in p.per_record().layers]
+    for before in (None, y):
+        one, other = (
+            clipped_sum(gradients, 0, records, weights, x, Clip(0.01, per_layer=True), before)
+            for gradients in (p.per_record(), written)
+        )
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+    odd = problem({"kind": "module", "model": f"{__name__}:Odd", "data": {"kind": "iris"}})
+    assert odd.per_record()._sizes == [4 * 4 + 4, 4 * 3 + 3]
+
+
+def test_single_records_on_another_device_are_refused():
+    """Per-record gradients are computed on the CPU; the message says so before anything is run."""
+    p = problem(NETWORK)
+    p._device = torch.device("cuda")
+    with pytest.raises(Unsupported, match="gradients of single records are computed on the CPU"):
+        p.per_record()
+
+
 def in_double(signals):
     return DenseSignals(signals.layers, [LayerSignals(p.a.double(), p.s.double()) for p in signals.parts])
 

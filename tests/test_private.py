@@ -73,16 +73,30 @@ def test_local_steps_of_one_worker_are_gradient_steps():
     assert float((answer(played(p, 8)) - plain).norm() / plain.norm()) < 1e-11
 
 
-def test_without_noise_federated_averaging_is_federated_averaging():
-    """q = 1, no radius: three local steps and a mean, to 1e-11; samples weigh where the objective says so."""
-    p = prepared({"kind": "dp_fedavg", "eta": 0.25, "local_steps": 3}, LOGISTIC, rounds=6)
-    x = torch.zeros(p.problem.dim, dtype=torch.float64)
+UNEQUAL = {**LOGISTIC, "partition": {"kind": "dirichlet_sizes", "alpha": 1.0, "min_size": 20}}
+
+
+@pytest.mark.parametrize("weights", ["uniform", "samples"])
+def test_without_noise_federated_averaging_is_federated_averaging(weights):
+    """q = 1, no radius: local steps on each client's own mean loss, a mean by the objective's weights; to 1e-11.
+
+    One step is gradient descent on the objective; by samples, clients count by their numbers of records once.
+    """
+    p, plain = (problem({**UNEQUAL, "weights": w}) for w in (weights, "uniform"))
+    shares = p.records / p.records.sum() if weights == "samples" else np.full(5, 0.2)
+    x = torch.zeros(p.dim, dtype=torch.float64)
     for _ in range(6):
         y = x.expand(5, -1).contiguous()
         for _ in range(3):
-            y = y - 0.25 * p.problem.gradient(y, np.arange(5))
-        x = y.mean(dim=0)
-    assert float((answer(played(p, 6)) - x).norm() / x.norm()) < 1e-11
+            y = y - 0.25 * plain.gradient(y, np.arange(5))
+        x = torch.from_numpy(shares) @ y
+    found = {
+        steps: answer(played(prepared({"kind": "dp_fedavg", "eta": 0.25, "local_steps": steps}, live=p, rounds=6), 6))
+        for steps in (1, 3)
+    }
+    assert float((found[3] - x).norm() / x.norm()) < 1e-11
+    descended = gd(p, 6, 0.25)
+    assert float((found[1] - descended).norm() / descended.norm()) < 1e-11
 
 
 @pytest.mark.parametrize("kind", ["dp_sgd", "dp_srm"])
@@ -174,6 +188,33 @@ def test_sensitivity_by_brute_force(weights, relation):
             assert ratio <= 1 + 1e-6
             largest = max(largest, ratio) if worker == worst or weights == "samples" else largest
     assert largest > 1 - 1e-3
+
+
+@pytest.mark.parametrize("kind", ["diff2_gd", "dp_fedavg"])
+def test_no_record_makes_a_release_infinite(kind):
+    """A record of 1e200 in a network: releases stay finite, and within their radii of those without it."""
+    features = np.random.default_rng(0).normal(size=(12, 3))
+    plain, odd = features.copy(), features.copy()
+    odd[5] = 1e200
+    plain[5] = 0.0
+    user = {"kind": "dp_fedavg", "eta": 0.1, "clip_model": 0.5}
+    algorithm, radius = (user, 0.5) if kind == "dp_fedavg" else ({**CLIPPED, "restart_period": 3}, 0.5)
+    heard = []
+    for table in (plain, odd):
+        p = prepared(algorithm, live=regression(table), n=2, rounds=4)
+        played(p, 4, taps=[lambda release, seen: heard.append(seen[0])])
+    assert np.isfinite(heard).all()
+    bound = 2 * radius * (1 / 2 if kind == "dp_fedavg" else 1 / 12)
+    assert np.linalg.norm(heard[0] - heard[4]) <= bound * (1 + 1e-9)
+
+
+def regression(features):
+    from fedsim.problems.data.table import Data
+    from fedsim.problems.models.mlp import mlp
+    from fedsim.problems.module import ModuleProblem
+
+    data = Data(features, np.arange(12) / 10, {}, "made", "regression", (), ("a", "b", "c"))
+    return ModuleProblem(mlp(3, 1, [4], 0, "relu"), data, [np.arange(6), np.arange(6, 12)], "mean_square")
 
 
 def released(p, x, radius, before):
@@ -322,11 +363,29 @@ def test_missing_workers_are_refused_unless_provided_for():
 
 
 def test_nothing_is_released_that_was_not_spent_for():
-    """A release without leave is a mistake of the algorithm, and named."""
+    """A release without leave is a mistake of the algorithm, and named; so is a second one for the same charge.
+
+    Two releases with one noise would give the noise away.
+    """
     p = prepared({"kind": "dp_gd", "eta": 1.0, "clip_grad": 1.0}, privacy={"epsilon": 1.0})
     made = played(p, 0)
+    release = Release(0, torch.zeros(5, 30, dtype=torch.float64), Charge("refresh"), 1.0)
     with pytest.raises(RunError, match="release 'refresh' of round 0 was not spent for"):
-        made._network.answer([Release(0, torch.zeros(5, 30, dtype=torch.float64), Charge("refresh"), 1.0)])
+        made._network.answer([release])
+    made._network.answer([Spend(0, (Charge("refresh"),))])
+    made._network.answer([release])
+    with pytest.raises(RunError, match="release 'refresh' of round 0 was not spent for"):
+        made._network.answer([release])
+
+
+@pytest.mark.parametrize(("number", "step"), [(1 << 24, 0), (0, 1 << 8)])
+def test_places_without_noise_of_their_own_are_refused(number, step):
+    """Rounds and steps beyond what has a stream of its own would share noise; they raise."""
+    p = prepared({"kind": "dp_gd", "eta": 1.0, "clip_grad": 1.0}, privacy={"epsilon": 1.0})
+    made, charge = played(p, 0), Charge("refresh", step)
+    made._network.answer([Spend(number, (charge,))])
+    with pytest.raises(RunError, match="have noise of their own"):
+        made._network.answer([Release(number, torch.zeros(5, 30, dtype=torch.float64), charge, 1.0)])
 
 
 @pytest.mark.parametrize("trust", ["central", "secagg", "local"])
@@ -414,7 +473,7 @@ def test_resuming_spends_nothing_twice_and_forgets_nothing(tmp_path, monkeypatch
 
 
 def test_a_ledger_that_is_gone_or_of_another_promise_stops_a_resume(tmp_path, monkeypatch):
-    """Deleting the ledger, or changing the promise, does not give the budget back."""
+    """Deleting the ledger, changing it, the weights or the promise does not give the budget back."""
     from fedsim.privacy import ledger
 
     kept, count = ledger.Ledger.write, 0
@@ -434,6 +493,13 @@ def test_a_ledger_that_is_gone_or_of_another_promise_stops_a_resume(tmp_path, mo
     text = file.read_text()
     file.write_text(text.replace('"delta": 1e-05', '"delta": 1e-06', 1))
     with pytest.raises(RunError, match=r"begun under .* the scenario now says"):
+        fedsim.resume(tmp_path / "out")
+    header, _ = read(text)
+    file.write_text(text.replace(json.dumps(header["exposure"]), json.dumps([0.5, *header["exposure"][1:]]), 1))
+    with pytest.raises(RunError, match="begun with other numbers or weights of records"):
+        fedsim.resume(tmp_path / "out")
+    file.write_text(text.replace('"release": "refresh", "z": ', '"release": "refresh", "z": 1', 1))
+    with pytest.raises(RunError, match="releases are not those that the checkpoint has counted"):
         fedsim.resume(tmp_path / "out")
     file.unlink()
     with pytest.raises(RunError, match="0 releases are there, the checkpoint has counted"):

@@ -178,6 +178,11 @@ class Oracle(Protocol):
     @property
     def records(self) -> NDArray[np.int64]: ...
     @property
+    def scale(self) -> torch.Tensor:
+        """`[rows, 1]`, what multiplies each node's mean loss in its `f_i`: 1, or by samples."""
+        ...
+
+    @property
     def has_composite(self) -> bool:
         """Whether there is an r, which only a prox does justice to."""
         ...

@@ -81,6 +81,7 @@ class DIFF2GD(PrivateAlgorithm):
     returned: Literal["last", "random"] = "last"
     _rounds: int = field(default=0, init=False, repr=False)
     _advice: Advice | None = field(default=None, init=False, repr=False)
+    _step_from_L: bool = field(default=False, init=False, repr=False)
 
     def resolve(self, setting: Setting) -> Any:
         """Fill in step, period and split; refuse what the advisor lacks."""
@@ -88,7 +89,7 @@ class DIFF2GD(PrivateAlgorithm):
         if made.eta == "auto":
             setting.require(f"algorithm {self.kind}, eta: auto,", "L")
             assert setting.L is not None
-            made = made.derived(eta=1 / setting.L)
+            made = made.derived(eta=1 / setting.L, _step_from_L=True)
         advice = made._advised(setting)
         if advice is None:
             if "auto" in (made.restart_period, made.refresh_share):
@@ -109,7 +110,13 @@ class DIFF2GD(PrivateAlgorithm):
             return None
         share = None if self.refresh_share == "auto" else float(self.refresh_share)
         weight, eta = setting.unit_weight, float(self.eta)
-        return advise(p, setting.rounds, setting.dim, weight, self.clip_grad, self.clip_diff, eta, share)
+        part = 1 - self.local_part
+        return advise(p, setting.rounds, setting.dim, weight, self.clip_grad, self.clip_diff, eta, share, part)
+
+    @property
+    def local_part(self) -> float:
+        """Share of the budget that is neither for refreshes nor for differences."""
+        return 0.0
 
     def plan(self, setting: Setting) -> tuple[Planned, ...]:
         """Return refreshes (every T-th round, the first included) and differences."""
@@ -184,7 +191,11 @@ class DIFF2GD(PrivateAlgorithm):
         """Say what the advisor says, and warn where the noise of differences drives itself."""
         found = list(super().notes(setting))
         if self._advice is not None:
-            found.append(self._advice.why)
+            advised = self._advice.period == int(self.restart_period)
+            given = f"T = {self.restart_period} is given; the advisor says: "
+            found.append(("" if advised else given) + self._advice.why)
+        if setting.privacy is not None and self._step_from_L:
+            found.append("eta = 1/L: where L is computed from records, as in regressions, it is not covered by epsilon")
         kappa = next((c.value for c in self.constants(setting) if c.name == "kappa T"), 0.0)
         if kappa > 1 and int(self.restart_period) > 1:
             found.append(f"kappa T = {kappa:.3g} > 1: the noise of differences drives itself; take a shorter period")

@@ -56,12 +56,17 @@ class DIFF2BVRLSGD(DIFF2GD):
 
     def plan(self, setting: Setting) -> tuple[Planned, ...]:
         """Return refreshes, differences, and the local releases of the worker with the most turns."""
-        kinds = super().plan(setting)
+        kinds, part = super().plan(setting), self.local_part
         if self.local_steps == 1:
             return kinds
-        rest = tuple(Planned(p.name, p.count, p.share * (1 - self.local_share), p.rate) for p in kinds)
+        rest = tuple(Planned(p.name, p.count, p.share * (1 - part), p.rate) for p in kinds)
         turns = -(-setting.rounds // setting.n)
-        return (*rest, Planned("local", turns * (self.local_steps - 1), self.local_share, self.batch_rate))
+        return (*rest, Planned("local", turns * (self.local_steps - 1), part, self.batch_rate))
+
+    @property
+    def local_part(self) -> float:
+        """Share of the budget for local steps."""
+        return self.local_share if self.local_steps > 1 else 0.0
 
     def local_charges(self, k: int, f: Oracle) -> tuple[Charge, ...]:
         """Return one charge to this round's worker for every local step but the first."""

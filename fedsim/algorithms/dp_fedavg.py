@@ -23,11 +23,13 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 class DPFedAvg(PrivateAlgorithm):
     """User-level private federated averaging: clients' model changes are clipped, summed, and get noise.
 
-        client p, drawn with rate q: y = x; K times y -= eta grad f_p(y); d_p = clip(y - x, S)
+        client p, drawn with rate q: y = x; K times y -= eta grad F_p(y); d_p = clip(y - x, S)
         x += server_eta ((1/q) sum_p w_p d_p + noise)
 
-    Denominators are those of the expected round, `q` times all weights. Sampling of clients (q < 1) is Poisson, and
-    only a central server can keep it secret. Without radius and noise and with q = 1 this is FedAvg.
+    F_p is the mean over the client's own records, w_p its weight in the objective (`problem.weights`: 1/P, or its share
+    of the records). Denominators are those of the expected round, `q` times all weights. Sampling of clients (q < 1) is
+    Poisson, and only a central server can keep it secret. Without radius and noise and with q = 1 this is FedAvg. A
+    change that is not finite counts as 0.
 
     Parameters: `eta`, `local_steps` K, `batch` of the local steps; `clip_model` S; `client_rate` q; `server_eta`.
 
@@ -77,13 +79,16 @@ class DPFedAvg(PrivateAlgorithm):
         drawn = (await Subsample(k, charge, "workers")) if self.client_rate < 1 else None
         y = s.x.expand(len(f.nodes), -1)
         for _ in range(self.local_steps):
-            y = y - self.eta * f.gradient(y, self.batch, rng, rows=drawn)
+            y = y - self.eta * f.gradient(y, self.batch, rng, rows=drawn) / f.scale
         change, most = y - s.x, radius(self.clip_model)
         if self.clip_model is not None:
-            change = change * factors(_squares(change), most, False, change.dtype).to(change.dtype)
+            change = _clipped(change, most)
         return ServerState(s.x + self.server_eta * await Release(k, change / self.client_rate, charge, most, drawn))
 
 
-def _squares(change: torch.Tensor) -> torch.Tensor:
-    """Return `||d_p||^2` as `[rows, 1]`."""
-    return torch.linalg.vector_norm(change.double(), dim=1, keepdim=True).square()
+def _clipped(change: torch.Tensor, most: float) -> torch.Tensor:
+    """Return the changes `[rows, dim]`, none longer than `most`; those whose square the type cannot hold become 0."""
+    squares = torch.linalg.vector_norm(change, dim=1, keepdim=True, dtype=torch.float64).square()
+    usable = squares < torch.finfo(change.dtype).max
+    short = factors(torch.where(usable, squares, 0.0), most, False, change.dtype).to(change.dtype)
+    return torch.where(usable, change, 0.0) * short

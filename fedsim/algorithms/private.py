@@ -15,6 +15,8 @@ from fedsim.errors import InputError
 from fedsim.privacy.plan import Planned, multipliers
 from fedsim.privacy.section import refuse_contradictions
 
+TRAFFIC = ("communications", "messages", "bytes", "bytes_up", "bytes_down")
+
 
 @dataclass
 class ServerState:
@@ -61,6 +63,12 @@ class PrivateAlgorithm(SyncAlgorithm):
                     raise InputError(f"algorithm.{name}: missing; without a radius no noise is large enough")
         return self.derived(_common=setting.common_start)
 
+    def secret_counts(self, setting: Setting) -> tuple[str, ...]:
+        """Return the counts that tell how many records, or workers, were drawn (call on a resolved instance)."""
+        if all(kind.rate == 1 for kind in self.plan(setting)):
+            return ()
+        return ("samples",) if self.unit == "record" else ("gradients", "samples", *TRAFFIC)
+
     async def begin(self, x0: torch.Tensor) -> torch.Tensor:
         """Return the server's first point `[1, dim]`: the common start, or the mean of the workers' own."""
         return x0[:1].clone() if self._common else await Mean(x0)
@@ -85,9 +93,12 @@ class PrivateAlgorithm(SyncAlgorithm):
         return (weight, *found)
 
     def notes(self, setting: Setting) -> tuple[str, ...]:
-        """Say where nothing is protected."""
+        """Say where nothing is protected, and what add_remove takes for granted."""
         if setting.privacy is None:
             return ("no privacy section: no noise is added and nobody is protected",)
+        if setting.privacy.relation == "add_remove":
+            sizes = "number of workers" if self.unit == "user" else "numbers of records"
+            return (f"add_remove: sums are divided by the {sizes} at hand, as declared constants: they are public",)
         return ()
 
 

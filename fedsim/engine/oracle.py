@@ -29,6 +29,7 @@ class BlockOracle:
         nodes: int64 `[rows]`, node numbers of the block's rows.
         n: number of nodes of the whole problem.
         records: int64 `[rows]`, records of each node of the block.
+        scale: `[rows, 1]` in the problem's type, what multiplies each node's mean loss in its `f_i`.
         draws: how many minibatches every node has drawn; the next one is a function of (seed, node, draws).
         queries: what the nodes have asked of black boxes.
 
@@ -49,6 +50,8 @@ class BlockOracle:
         self.problem, self.nodes, self.n = problem, nodes, problem.n
         self.records: NDArray[np.int64] = problem.records[nodes]
         self._all_records = int(self.records.sum())
+        scale = getattr(problem, "scale", np.ones(problem.n))[nodes]
+        self.scale = torch.from_numpy(scale)[:, None].to(problem.dtype)
         self._streams, self._counts = streams, counts
         self.draws = 0
         self._per_record: RecordGradients | None = None

@@ -219,8 +219,7 @@ class Rounds:
         saved = {f"state.{name}": value for name, value in self.final().items()}
         saved["round"] = np.array([self._round, self._oracles[0].draws])
         saved.update(self._saved_queries())
-        if self.guard and self.guard.ledger:
-            saved["ledger.entries"] = np.array(len(self.guard.ledger.entries))
+        saved.update(self.guard.save() if self.guard else {})
         saved.update({f"count.{name}": np.array(v) for name, v in counts_of_all(self.counts, self._layout).items()})
         packed = counts_of_all(self._network.packed, self._layout)
         saved.update({f"packets.{name}": np.array(v) for name, v in packed.items()})

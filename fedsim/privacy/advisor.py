@@ -19,7 +19,7 @@ class Advice:
     """What the advisor says.
 
     Attributes:
-        stable_period: T at which `kappa T = 1` (with `multipliers` given: for those).
+        stable_period: T at which `kappa T = 1`.
         period, refresh_share: what `auto` takes. helps: whether stages of two rounds and more can be afforded.
         why: one sentence.
     """
@@ -40,14 +40,16 @@ def advise(
     clip_diff: float,
     eta: float,
     refresh_share: float | None = None,
+    part: float = 1.0,
 ) -> Advice:
     """Return period and split for a schedule of `rounds` at (epsilon, delta).
 
     Args:
         unit_weight: largest weight of one record. refresh_share: where it is given; None: the split is advised, too.
+        part: of the budget that is for refreshes and differences; local steps have the rest.
     """
     assert privacy.epsilon is not None
-    mu = mu_of(privacy.epsilon, privacy.delta)
+    mu = math.sqrt(part) * mu_of(privacy.epsilon, privacy.delta)
     step = eta * privacy.factor * clip_diff * unit_weight  # noise of a difference over z2 and the gradient's length
 
     def stable(share: float) -> float:
@@ -61,8 +63,8 @@ def advise(
     limit = stable(share if period > 1 or refresh_share else 0.8)
     if limit < 2:
         why = (
-            f"DIFF2 cannot help here: the noise of differences would drive itself after {limit:.3g} rounds, so every"
-            " round is a refresh (DP-GD); more records, fewer rounds or parameters, or a smaller eta * clip_diff help"
+            f"DIFF2 cannot help here: the noise of differences would drive itself after {limit:.3g} rounds; take T = 1"
+            " (every round a refresh: DP-GD), or more records, fewer rounds or parameters, a smaller eta * clip_diff"
         )
         return Advice(limit, 1, 1.0, False, why)
     why = (

@@ -2,36 +2,33 @@
 
 The run's algorithm, multipliers, weights, clipping and noise are played on canaries: records (or workers) with the
 worst gradient there is. For each, an observer of all releases computes the log-likelihood ratio of the two neighbouring
-data sets. How often that is right bounds epsilon from below; how far apart the two cases lie estimates mu, which is
-the sharper instrument.
+data sets. How often that is right bounds epsilon from below; how far apart the two cases lie estimates mu.
+
+Two instruments are sharper. Without noise, how far a canary moves every kind of release is seen exactly, and must be
+what its noise was made for. And in coordinates that no record enters, the noise itself is heard: its size by kind of
+release, and whether it is drawn anew for every round, coordinate and worker.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedsim.errors import InputError
 from fedsim.privacy.bounds import certified_epsilon, separation
-from fedsim.privacy.canaries import Canaries
-from fedsim.privacy.guard import Guard
 from fedsim.privacy.ledger import FILE, Ledger, read
-from fedsim.privacy.plan import multipliers
-from fedsim.privacy.requests import Perturb, Release
+from fedsim.privacy.listening import Noises, Play, Tally
+from fedsim.privacy.plan import Planned, multipliers
 
 if TYPE_CHECKING:
     from fedsim.prepare import Prepared
-    from fedsim.privacy.section import Privacy
 
 ERROR, LEAST_SLACK = 0.05, 0.05
-PER_WORKER = 40
-DIFFERENCES = ("difference", "local")  # releases of clipped differences of gradients
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,9 @@ class Verdict:
         shift_claimed, shift_measured: how far one record moves the sampled releases, in standard deviations of their
             noise, on average over its being drawn (nan where there are none).
         trials: canaries played. delta: of both epsilons. broken: what is wrong, or None.
+        reach: by kind of release, the most that one record moves it, over what its noise is made for: 1 at most.
+        noise: by kind of release, standard deviation over what it should be: 1.
+        correlation: of the noises of different rounds, coordinates and (where each has its own) workers: 0.
     """
 
     claimed: float
@@ -55,6 +55,9 @@ class Verdict:
     trials: int
     delta: float
     broken: str | None
+    reach: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+    correlation: dict[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
         """Return the verdict as lines for a terminal."""
@@ -66,6 +69,11 @@ class Verdict:
             lines.append(f"measured   mu = {self.mu_measured:.4g}, claimed {self.mu_claimed:.4g}")
         if math.isfinite(self.shift_measured):
             lines.append(f"sampled    shift = {self.shift_measured:.4g}, claimed {self.shift_claimed:.4g}")
+        lines += [
+            f"reach      {_listed(self.reach)} (of one record, over what the noise is made for; 1 at most)",
+            f"noise      {_listed(self.noise)} (measured over claimed; 1)",
+            f"correlated {_listed(self.correlation)} (noises of different ones; 0)",
+        ]
         return "\n".join([*lines, f"BROKEN     {self.broken}" if self.broken else "nothing contradicts the claim"])
 
 
@@ -89,9 +97,8 @@ def audit_run(folder: Path, trials: int = 10_000, seed: int = 0) -> Verdict:
     header, entries = read((folder / FILE).read_text())
     ledger = Ledger(header["delta"], header["relation"], header["exposure"])
     ledger.write(entries)
-    z = multipliers(p.setting.privacy, p.algorithm.plan(p.setting))  # type: ignore
     verdict = audit(p, trials, seed, rounds=1 + max((entry.round for entry in entries), default=-1))
-    wrong = _of_ledger(ledger, z, result.facts["privacy"]["epsilon"])
+    wrong = _of_ledger(p, ledger, result.facts["privacy"]["epsilon"])
     verdict = Verdict(**{**asdict(verdict), "claimed": ledger.epsilon(), "broken": verdict.broken or wrong})
     if verdict.certified > verdict.claimed and not verdict.broken:
         verdict = Verdict(**{**asdict(verdict), "broken": "certified epsilon above the ledger's"})
@@ -99,14 +106,31 @@ def audit_run(folder: Path, trials: int = 10_000, seed: int = 0) -> Verdict:
     return verdict
 
 
-def _of_ledger(ledger: Ledger, z: dict[str, float], reported: float) -> str | None:
+def _of_ledger(p: Prepared, ledger: Ledger, reported: float) -> str | None:
     """Return what the books get wrong, or None."""
+    from fedsim.prepare import guard_of
+
+    guard, plan = guard_of(p), {kind.name: kind for kind in _plan(p)}
+    assert guard is not None
+    assert guard.ledger is not None
     for entry in ledger.entries:
-        if abs(entry.z / z[entry.release] - 1) > 1e-9:
-            return f"round {entry.round}: the ledger says noise {entry.z:g}, the mechanism makes {z[entry.release]:g}"
+        if entry.release not in plan:
+            return f"round {entry.round}: the ledger has a release {entry.release!r}, which the mechanism does not make"
+        z, rate = guard.multipliers[entry.release], plan[entry.release].rate
+        if abs(entry.z / z - 1) > 1e-9 or entry.rate != rate:
+            return (
+                f"round {entry.round}: the ledger says noise {entry.z:g} at rate {entry.rate:g}, the mechanism makes"
+                f" {z:g} at {rate:g}"
+            )
+    if not np.array_equal(ledger.exposure, guard.ledger.exposure):
+        return "the ledger has other weights of records than the mechanism"
     if not math.isclose(reported, ledger.epsilon(), rel_tol=1e-6):
         return f"the run reports epsilon {reported:g}, its ledger adds up to {ledger.epsilon():g}"
     return None
+
+
+def _plan(p: Prepared) -> tuple[Planned, ...]:
+    return p.algorithm.plan(p.setting)  # type: ignore[attr-defined] - prepare refuses others under a privacy section
 
 
 def audit(p: Prepared, trials: int = 10_000, seed: int = 0, rounds: int | None = None) -> Verdict:
@@ -118,15 +142,20 @@ def audit(p: Prepared, trials: int = 10_000, seed: int = 0, rounds: int | None =
     privacy, rounds = p.setting.privacy, p.setting.rounds if rounds is None else rounds
     if privacy is None or not rounds:
         raise InputError("audit: nothing was released under a privacy section, so nothing is claimed")
-    z = multipliers(privacy, p.algorithm.plan(p.setting))  # type: ignore[attr-defined] - prepare refuses others
+    z = multipliers(privacy, _plan(p))
     groups = ("all",) if privacy.unit == "user" else ("first", "last")
-    found = [_attacked(p, privacy, z, group, trials // len(groups), seed, rounds) for group in groups]
+    found = [_attacked(p, z, group, trials // len(groups), seed, rounds) for group in groups]
     claimed, error = found[0].claimed, ERROR / len(groups)
     certified = max(certified_epsilon(f.statistic, f.upper, privacy.delta, error) for f in found)
     mu, shift = (max((_distance(f, kind) for f in found), key=lambda d: d.measured) for kind in ("plain", "sampled"))
-    broken = (
-        f"epsilon is at least {certified:.4g}, more than the claimed {claimed:.4g}" if certified > claimed else None
-    )
+    reach = {kind: max(f.reach[kind] for f in found) for kind in found[0].reach}
+    noises = Noises()
+    for f in found:
+        noises += f.noises
+    wrong = [*_too_long(reach), *_too_quiet(noises), *_together(noises)]
+    if certified > claimed:
+        wrong.append(f"epsilon is at least {certified:.4g}, more than the claimed {claimed:.4g}")
+    wrong += [*_too_far("mu", mu), *_too_far("the shift of sampled releases", shift)]
     return Verdict(
         claimed,
         certified,
@@ -136,8 +165,39 @@ def audit(p: Prepared, trials: int = 10_000, seed: int = 0, rounds: int | None =
         shift.measured,
         sum(len(f.upper) for f in found),
         privacy.delta,
-        broken or _too_far("mu", mu) or _too_far("the shift of sampled releases", shift),
+        "; ".join(wrong) or None,
+        reach,
+        {kind: size for kind, (size, _) in noises.deviations().items()},
+        {of: value for of, (value, _) in noises.correlations().items()},
     )
+
+
+def _too_long(reach: dict[str, float]) -> list[str]:
+    return [
+        f"one record moves a {kind} {most:.4g} times as far as its noise is made for"
+        for kind, most in reach.items()
+        if not most <= 1 + 1e-6
+    ]
+
+
+def _too_quiet(noises: Noises) -> list[str]:
+    return [
+        f"the noise of a {kind} is {size:.3g} times what is claimed"
+        for kind, (size, error) in noises.deviations().items()
+        if not size >= 1 - max(0.01, 5 * error)
+    ]
+
+
+def _together(noises: Noises) -> list[str]:
+    return [
+        f"the noises of different {of} go together ({value:.3g}, 0 where they are independent)"
+        for of, (value, error) in noises.correlations().items()
+        if not abs(value) <= max(0.05, 6 * error)
+    ]
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -164,28 +224,12 @@ def _distance(found: _Found, kind: str) -> _Distance:
     return _Distance(float(mu.mean()), float(shift), error + shift / math.sqrt(2 * (~upper).sum()))
 
 
-def _too_far(name: str, distance: _Distance) -> str | None:
+def _too_far(name: str, distance: _Distance) -> list[str]:
     slack = max(LEAST_SLACK * distance.claimed, 4 * distance.error)
     if not distance.measured > distance.claimed + slack:
-        return None
+        return []
     times = distance.measured / distance.claimed
-    return f"{name} is {times:.3g} times what is claimed: too little noise, or records that weigh too much"
-
-
-@dataclass
-class _Tally:
-    """Sums over releases, per canary `[m]`: weight times what was heard in units of its noise, and weight squared.
-
-    A weight is how far a canary moves a release, in the same units: the rate of sampling over the multiplier.
-    """
-
-    sum: NDArray[np.float64]
-    square: NDArray[np.float64]
-
-    def add(self, canaries: NDArray[np.bool_], weight: float, heard: NDArray[np.float64]) -> None:
-        """Add one release that some of the canaries are in."""
-        self.sum[canaries] += weight * heard[canaries]
-        self.square[canaries] += weight**2
+    return [f"{name} is {times:.3g} times what is claimed: too little noise, or records that weigh too much"]
 
 
 @dataclass(frozen=True)
@@ -193,83 +237,23 @@ class _Found:
     """What was heard of all canaries of a group: log-likelihood ratios in standard deviations, tallies, sides."""
 
     statistic: NDArray[np.float64]
-    tallies: dict[str, _Tally]
+    tallies: dict[str, Tally]
     upper: NDArray[np.bool_]
     claimed: float
+    reach: dict[str, float]
+    noises: Noises
 
 
-def _attacked(
-    p: Prepared, privacy: Privacy, z: dict[str, float], group: str, trials: int, seed: int, rounds: int
-) -> _Found:
-    """Return what about `trials` canaries of one group give away."""
-    plays: list[_Play] = []
+def _attacked(p: Prepared, z: dict[str, float], group: str, trials: int, seed: int, rounds: int) -> _Found:
+    """Return what about `trials` canaries of one group give away, and how far they move releases without noise."""
+    plays: list[Play] = []
+    noises = Noises()
     while sum(len(play.upper) for play in plays) < trials or not plays:
-        plays.append(_Play(p, privacy, z, group, seed + 1000 * len(plays) + (group == "last"), rounds))
-    tallies = {
-        kind: _Tally(
-            np.concatenate([play.tallies[kind].sum for play in plays]),
-            np.concatenate([play.tallies[kind].square for play in plays]),
-        )
-        for kind in plays[0].tallies
-    }
+        plays.append(Play(p, z, group, seed + 1000 * len(plays) + (group == "last"), rounds))
+        noises += plays[-1].noises
+    tallies = {kind: Tally.joined(play.tallies[kind] for play in plays) for kind in plays[0].tallies}
     square = sum((tally.square for tally in tallies.values()), np.zeros(1))
     total = sum((tally.sum for tally in tallies.values()), np.zeros(1)) / np.sqrt(np.where(square > 0, square, 1.0))
-    return _Found(total, tallies, np.concatenate([play.upper for play in plays]), plays[0].claimed)
-
-
-class _Play:
-    """One play of the mechanism, with canaries on random sides; an observer listens to every release.
-
-    Attributes:
-        upper: `[m]`, which canaries are in their first form. tallies: of releases without sampling, and with.
-        claimed: epsilon of all releases, by the ledger.
-    """
-
-    def __init__(self, p: Prepared, privacy: Privacy, z: dict[str, float], group: str, seed: int, rounds: int) -> None:
-        from fedsim.engine.layout import Layout
-        from fedsim.engine.rounds import Rounds
-
-        self._owners = _owners(p, privacy)
-        self.upper = np.random.default_rng(seed).random(len(self._owners)) < 0.5
-        side = np.where(self.upper, 1.0, -1.0 if privacy.relation == "replace_one" else 0.0)
-        self._problem = Canaries(p.problem.records, p.problem.shares, side, self._owners, at_end=group == "last")
-        layout = Layout(p.topology)
-        self._guard = Guard(privacy, z, self._problem, layout, seed)
-        self._guard.taps.append(self._listen)
-        self._rows, self._local, self._z = p.topology.position[self._owners], privacy.trust == "local", z
-        self.tallies = {kind: _Tally(np.zeros(len(side)), np.zeros(len(side))) for kind in ("plain", "sampled")}
-        x0 = torch.zeros(layout.rows, self._problem.dim, dtype=torch.float64)
-        algorithm: Any = p.algorithm
-        player = Rounds(algorithm, self._problem, layout, {}, x0, seed, guard=self._guard)
-        player.start()
-        player.advance(rounds)
-        assert self._guard.ledger is not None
-        self.claimed = self._guard.ledger.epsilon()
-
-    def _listen(self, request: Release | Perturb, seen: NDArray[np.float64]) -> None:
-        """Add what one release says of every canary: its value along the canary's sign, over its noise."""
-        charge, guard, everybody = request.charge, self._guard, np.zeros_like(self._rows)
-        rows, canaries = self._rows, np.ones(len(self._rows), bool)
-        if isinstance(request, Perturb):
-            noise, canaries = guard.row_deviations(charge, request.radius), self._owners == charge.worker
-        elif self._local:
-            noise = guard.message_deviations(charge, request.radius)
-        else:
-            noise, rows = np.array([guard.deviation(charge, request.radius)]), everybody
-        sign: Any = -1.0 if charge.name == "model" else 1.0  # models move against gradients
-        if charge.name in DIFFERENCES:
-            sign = self._problem.sign.numpy()
-        heard = sign * seen[rows, np.arange(len(rows))] / np.where(noise > 0, noise, 1.0)[rows]
-        tally = self.tallies["sampled" if charge.rate < 1 else "plain"]
-        tally.add(canaries, charge.rate / self._z[charge.name], heard)
-
-
-def _owners(p: Prepared, privacy: Privacy) -> NDArray[np.int64]:
-    """Return the worker of each canary: some records of every worker whose records weigh most, or such workers."""
-    by_user = privacy.unit == "user"
-    weights = p.problem.shares / (1 if by_user else p.problem.records)
-    if privacy.trust == "local" and not by_user:
-        weights = np.ones(p.problem.n)
-    worst = np.flatnonzero(weights >= weights.max() * (1 - 1e-9))
-    each = 1 if by_user else np.minimum(np.maximum(p.problem.records[worst] // 2, 1), PER_WORKER)
-    return np.repeat(worst, each)
+    upper = np.concatenate([play.upper for play in plays])
+    reach = Play(p, z, group, seed, rounds, silent=True).reach
+    return _Found(total, tallies, upper, plays[0].claimed, reach, noises)

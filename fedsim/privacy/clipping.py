@@ -1,6 +1,7 @@
 """Means of clipped per-record gradients, or of clipped per-record differences of gradients.
 
-The one place where a record's weight is decided: whatever the chunks, it enters with `weight * min(1, C/norm)`.
+The one place where a record's weight is decided: whatever the chunks, it enters with `weight * min(1, C/norm)`, and
+with 0 where its gradient is too large for arithmetic.
 (The published code of DIFF2 averages chunk means with equal weight: records of a short last chunk weigh too much.)
 """
 
@@ -73,11 +74,25 @@ def clipped_sum(
     total = torch.zeros_like(x)
     size = chunk or gradients.chunk
     for begin in range(0, len(records), size):
-        part = records[begin : begin + size]
+        part, weight = records[begin : begin + size], torch.from_numpy(weights[begin : begin + size])[:, None]
         signals = _signals(gradients, node, part, x, clip, before)
-        weight = torch.from_numpy(weights[begin : begin + size])[:, None]
-        total += signals.sum(weight * _bounded(signals, clip, x.dtype))
+        squared = signals.squared_norms()
+        usable = _usable(squared, x.dtype)
+        if not usable.all() and not math.isinf(float(clip.radius)):
+            if not usable.any():
+                continue
+            signals = _signals(gradients, node, part[usable.numpy()], x, clip, before)
+            squared, weight = squared[usable], weight[usable]
+        total += signals.sum(weight * _bounded(squared, clip, x.dtype))
     return total
+
+
+def _usable(squared: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return which records `[m]` have a squared norm that the type can hold; the others count as 0.
+
+    One infinite gradient, or one that is no number, would be seen in every release, whatever its noise.
+    """
+    return squared.double().sum(dim=1) < torch.finfo(dtype).max
 
 
 def _signals(
@@ -94,12 +109,12 @@ def _signals(
     old = gradients.at(node, records, before)
     if clip.inner is not None:
         inner = Clip(clip.inner, clip.per_layer)
-        new, old = new.scaled(_bounded(new, inner, x.dtype)), old.scaled(_bounded(old, inner, x.dtype))
+        new, old = (signals.scaled(_bounded(signals.squared_norms(), inner, x.dtype)) for signals in (new, old))
     return new.minus(old)
 
 
-def _bounded(signals: Signals, clip: Clip, dtype: torch.dtype) -> torch.Tensor:
-    squared, radius = signals.squared_norms(), float(clip.radius)
+def _bounded(squared: torch.Tensor, clip: Clip, dtype: torch.dtype) -> torch.Tensor:
+    radius = float(clip.radius)
     if math.isinf(radius):
         return torch.ones(squared.shape, dtype=torch.float64)
     return factors(squared, radius, clip.per_layer, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from fedsim.algorithms.requests import Request, Sum
 from fedsim.engine.queries import Spent
 from fedsim.errors import RunError
-from fedsim.privacy.ledger import FILE, Entry, Ledger
+from fedsim.privacy.ledger import FILE, Entry, Ledger, read
 from fedsim.privacy.noise import Noise
 from fedsim.privacy.requests import Charge, Perturb, PrivateRequest, Release, Spend, Subsample
 
@@ -45,6 +44,7 @@ class Guard:
     Attributes:
         ledger: what was released; None without privacy.
         refusal: the release that the budget refused, or None.
+        noise: where all secrets come from.
         taps: called with every release and what an observer sees of it (an audit listens here).
     """
 
@@ -61,7 +61,7 @@ class Guard:
         self._layout, self._shares, self._records = layout, problem.shares, problem.records
         self._longest = int(problem.records.max())
         secure = privacy is not None and privacy.secure_noise
-        self._noise, self._key = Noise(layout, None if secure else seed), "system" if secure else f"{seed:016x}"
+        self.noise, self._key = Noise(layout, None if secure else seed), "system" if secure else f"{seed:016x}"
         self.refusal: str | None = None
         self.taps: list[Tap] = []
         self.ledger: Ledger | None = None
@@ -109,10 +109,14 @@ class Guard:
         return Entry(number, charge.name, charge.step, z, charge.rate, charge.worker, self._key)
 
     def _paid(self, request: Release | Perturb) -> None:
-        if self.ledger is not None and (request.round, request.charge) not in self._spent:
+        """Refuse what was not spent for; every charge pays once, since two releases of one noise give it away."""
+        place = request.round, request.charge
+        if self.ledger is not None and place not in self._spent:
             raise RunError(
-                f"release {request.charge.name!r} of round {request.round} was not spent for; await Spend first"
+                f"release {request.charge.name!r} of round {request.round} was not spent for; await Spend first, with a"
+                " charge (name, step, worker) for each"
             )
+        self._spent.discard(place)
 
     def deviation(self, charge: Charge, radius: float) -> float:
         """Return the standard deviation that a sum over workers gets: multiplier times sensitivity."""
@@ -141,14 +145,14 @@ class Guard:
         sums: list[Request] = [Sum(v, weight=w, rows=first.rows) for v, w in zip(values, weights, strict=True)]
         total = network.answer(sums)[0]
         if trust == "central":
-            drawn = self._noise.common_normal(first.charge.name, self._step(first), total.shape[1])
+            drawn = self.noise.common_normal(first.charge.name, self._step(first), total.shape[1])
             total = total + (self.deviation(first.charge, first.radius) * torch.from_numpy(drawn)).to(total.dtype)
         for tap in self.taps:
             tap(first, (torch.cat(values) if trust == "local" else total).double().numpy())
         return [total] * len(requests)
 
     def _with_own_noise(self, request: Release, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        drawn = self._noise.normal(request.charge.name, self._step(request), values[0].shape[1])
+        drawn = self.noise.normal(request.charge.name, self._step(request), values[0].shape[1])
         noise = torch.from_numpy(self.message_deviations(request.charge, request.radius)[:, None] * drawn)
         parts = noise.to(values[0].dtype).split([len(v) for v in values])
         return [v + part for v, part in zip(values, parts, strict=True)]
@@ -170,7 +174,7 @@ class Guard:
             return [r.v for r in requests]
         v, radius = torch.cat([r.v for r in requests]), torch.cat([r.radius for r in requests])
         whole = Perturb(first.round, v, first.charge, radius)
-        drawn = torch.from_numpy(self._noise.normal(first.charge.name, self._step(first), first.v.shape[1]))
+        drawn = torch.from_numpy(self.noise.normal(first.charge.name, self._step(first), first.v.shape[1]))
         noise = torch.from_numpy(self.row_deviations(first.charge, whole.radius))[:, None] * drawn
         noisy = whole.v + noise.to(first.v.dtype)
         for tap in self.taps:
@@ -187,15 +191,23 @@ class Guard:
     def _subsample(self, first: Subsample, network: LocalNetwork) -> list[Any]:
         charge, blocks = first.charge, network.blocks
         if first.of == "workers":
-            return [self._noise.common_uniform("workers", first.round, self._layout.n) < charge.rate] * len(blocks)
+            return [self.noise.common_uniform("workers", first.round, self._layout.n) < charge.rate] * len(blocks)
         records = self._records[self._layout.nodes][:, None]
-        drawn = self._noise.uniform(f"batch {charge.name}", self._step(first), self._longest)
+        drawn = self.noise.uniform(f"batch {charge.name}", self._step(first), self._longest)
         weights = ((drawn < charge.rate) & (np.arange(self._longest) < records)) / (charge.rate * records)
         return [weights[rows] for rows in blocks]
 
     @staticmethod
     def _step(request: Release | Perturb | Subsample) -> int:
-        """Return a number for the place of a release: rounds and steps never share one."""
+        """Return a number for the place of a release: rounds and steps never share one.
+
+        Raises:
+            RunError: there are no more numbers.
+        """
+        if request.round >= 1 << 24 or request.charge.step >= 1 << 8:
+            raise RunError(
+                f"round {request.round}, step {request.charge.step}: 2^24 rounds of 2^8 steps have noise of their own"
+            )
         return request.round + (request.charge.step << 24)
 
     def columns(self) -> dict[str, float]:
@@ -207,29 +219,48 @@ class Guard:
         self.seconds += time.perf_counter() - clock
         return {"epsilon": spent, "epsilon_server": math.inf if self.privacy.trust == "central" else spent}
 
-    def open(self, folder: Path, again: bool, least: int = 0) -> None:
-        """Keep the ledger in the run's folder; `again` goes on with what is there, at least `least` releases.
+    def open(self, folder: Path, again: bool, saved: Mapping[str, NDArray]) -> None:
+        """Keep the ledger in the run's folder; `again` goes on with what is there, at least what `saved` has counted.
 
         Raises:
-            RunError: the ledger there was begun under another promise, or forgets.
+            RunError: the ledger there was begun under another promise, forgets, or is another one.
         """
         if self.ledger is None or self.privacy is None:
             return
-        header = {name: getattr(self.privacy, name) for name in ("unit", "relation", "trust", "delta")}
-        text = self._text_of_rank_0(folder / FILE) if again else ""
-        if text:
-            begun = json.loads(text.split("\n", 1)[0])
-            if {name: begun.get(name) for name in header} != header:
-                raise RunError(f"{folder / FILE}: begun under {begun}, the scenario now says {header}")
-        self.ledger.merge(text, least)
-        if self._layout.rank == 0:
-            self.ledger.open(folder, {**header, "exposure": self.ledger.exposure.tolist()}, bool(text))
+        promise = {name: getattr(self.privacy, name) for name in ("unit", "relation", "trust", "delta")}
+        header = {**promise, "exposure": self.ledger.exposure.tolist()}
+        text = self._of_rank_0(self.ledger.open(folder, again) if self._layout.rank == 0 else "")
+        try:
+            if text:
+                self._refuse_another(read(text)[0], header, folder / FILE)
+            self.ledger.merge(text, **_counted(saved))
+        except RunError:
+            self.close()
+            raise
+        if not text and self._layout.rank == 0:
+            self.ledger.begin(header)
 
-    def _text_of_rank_0(self, file: Path) -> str:
-        text = file.read_text() if self._layout.rank == 0 and file.exists() else ""
+    @staticmethod
+    def _refuse_another(begun: dict[str, Any], header: dict[str, Any], file: Path) -> None:
+        """Refuse a ledger of another promise, or of workers with other weights: its entries are priced by them."""
+        exposures = np.asarray(begun.pop("exposure", ())), np.asarray(header["exposure"])
+        now = {name: value for name, value in header.items() if name != "exposure"}
+        if begun != now:
+            raise RunError(f"{file}: begun under {begun}, the scenario now says {now}")
+        if exposures[0].shape != exposures[1].shape or not np.allclose(*exposures, rtol=1e-12, atol=0):
+            raise RunError(f"{file}: begun with other numbers or weights of records than the scenario has now")
+
+    def _of_rank_0(self, text: str) -> str:
         if self._layout.size == 1:
             return text
         return self._layout.transport.broadcast(np.frombuffer(text.encode(), np.uint8)).tobytes().decode()
+
+    def save(self) -> dict[str, NDArray]:
+        """Return what a checkpoint keeps of the ledger: how many releases it counts, and their seal."""
+        if self.ledger is None:
+            return {}
+        seal = np.frombuffer(self.ledger.seal, np.uint8)
+        return {"ledger.entries": np.array(len(self.ledger.entries)), "ledger.seal": seal}
 
     def close(self) -> None:
         """Let go of the ledger's file."""
@@ -246,6 +277,7 @@ class Guard:
             "unit": p.unit,
             "relation": p.relation,
             "trust": p.trust,
+            "honest": p.honest or (len(spent) if p.trust == "secagg" else None),
             "delta": p.delta,
             "epsilon": max(spent),
             "epsilon_server": max(server),
@@ -259,6 +291,12 @@ class Guard:
             "refused": self.refusal,
             "accounting_seconds": self.seconds,
         }
+
+
+def _counted(saved: Mapping[str, NDArray]) -> dict[str, Any]:
+    """Return what a checkpoint has counted, as `Ledger.merge` asks for it."""
+    seal = saved["ledger.seal"].tobytes() if "ledger.seal" in saved else b""
+    return {"least": int(saved.get("ledger.entries", 0)), "seal": seal}
 
 
 SECURE = "from the operating system's entropy"

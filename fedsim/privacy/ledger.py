@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -76,6 +77,7 @@ class Ledger:
         self._costs: Counter[tuple[float, float, int | None]] = Counter()
         self._square = np.zeros(len(self.exposure))  # sum of mu^2 per worker, of what is not sampled
         self.sampled = False
+        self._seal = hashlib.sha256()
         self._sink: IO[str] | None = None
         self.promised: Events | None = None
         self._allowed: list[Counter[tuple[float, float, int | None]]] = []
@@ -94,14 +96,15 @@ class Ledger:
 
     def write(self, entries: Iterable[Entry]) -> None:
         """Add releases, on disk first."""
-        new = list(entries)
+        new = [(entry, _line(entry)) for entry in entries]
         if self._sink is not None and new:
-            self._sink.write("".join(map(_line, new)))
+            self._sink.write("".join(line for _, line in new))
             self._pass_on(durable=self._fresh)
-        for entry in new:
-            self._add(entry)
+        for entry, line in new:
+            self._add(entry, line)
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry, line: str) -> None:
+        self._seal.update(line.encode())
         self.entries.append(entry)
         self._last[entry.place] = entry
         self._costs[entry.cost] += 1
@@ -162,8 +165,18 @@ class Ledger:
         return epsilon_of_events(events, self.delta, self.relation)
 
     def _distinct(self, costs: Counter[tuple[float, float, int | None]]) -> set[Events]:
-        """Return what different workers are in, without those who are in less than another."""
-        found = {self._events(costs, worker) for worker in range(len(self.exposure))}
+        """Return what different workers are in, without those who are in less than another.
+
+        Of workers with the same releases of their own the most exposed one counts: the accountant is slow.
+        """
+        own: dict[int, list[tuple[float, float, int]]] = {}
+        for (z, rate, only), count in costs.items():
+            if only is not None:
+                own.setdefault(only, []).append((z, rate, count))
+        worst: dict[tuple[tuple[float, float, int], ...], int] = {}
+        for worker in np.argsort(self.exposure).tolist():
+            worst[tuple(sorted(own.get(worker, ())))] = worker
+        found = {self._events(costs, worker) for worker in worst.values()}
         return {a for a in found if not any(a != b and _less(a, b) for b in found)}
 
     def bound(self) -> list[tuple[float, float, int]]:
@@ -190,15 +203,37 @@ class Ledger:
         merged = [(square**-0.5, 1.0, 1)] if square else []
         return (*merged, *((z, rate, count) for (z, rate), count in sorted(sampled.items())))
 
-    def open(self, folder: Path, header: dict[str, Any], again: bool) -> None:
-        """Go on writing to the folder's ledger (`again`), or begin a new one."""
+    @property
+    def seal(self) -> bytes:
+        """SHA-256 of all entries so far."""
+        return self._seal.digest()
+
+    def open(self, folder: Path, again: bool) -> str:
+        """Take hold of the folder's ledger, and return what stands in it: nothing, unless `again`.
+
+        A last line that was cut off while it was written is removed: its noise was never used.
+
+        Raises:
+            RunError: another process holds it.
+        """
         file = folder / FILE
-        if again:
-            self._sink = file.open("a")
-            if not file.read_bytes().endswith(b"\n"):
-                self._sink.write("\n")
-            return
-        self._sink = file.open("w")
+        sink = file.open("a")
+        _lock(sink, file)
+        self._sink = sink
+        if not again:
+            sink.truncate(0)
+        text = file.read_text(errors="replace")
+        kept = whole(text)
+        if kept != text:
+            with file.open("r+b") as mended:
+                mended.truncate(len(kept.encode()))
+        if kept and not kept.endswith("\n"):
+            self._sink.write("\n")
+        return kept
+
+    def begin(self, header: Mapping[str, Any]) -> None:
+        """Write the first line of a new ledger."""
+        assert self._sink is not None
         self._sink.write(json.dumps(header) + "\n")
         self._pass_on(durable=True)
 
@@ -213,23 +248,28 @@ class Ledger:
         if durable:
             os.fsync(self._sink.fileno())
 
-    def merge(self, text: str, least: int = 0) -> None:
+    def merge(self, text: str, least: int = 0, seal: bytes = b"") -> None:
         """Add what an earlier part of this run released; `text` is the file's.
 
+        Args:
+            least, seal: how many releases a checkpoint has counted, and their `seal` then.
+
         Raises:
-            RunError: fewer than `least` releases are there, which a checkpoint has counted.
+            RunError: they are not there, or are others; or a line is no release.
         """
-        lines = [line for line in text.split("\n")[1:] if line]
-        for line in lines:
-            try:
-                self._add(Entry(**json.loads(line)))
-            except json.JSONDecodeError:
-                break  # killed while writing it: the noise was not used
-        if len(self.entries) < least:
+        entries = read(text)[1] if text else []
+        if len(entries) < least:
             raise RunError(
-                f"{FILE}: {len(self.entries)} releases are there, the checkpoint has counted {least}; a run is not"
+                f"{FILE}: {len(entries)} releases are there, the checkpoint has counted {least}; a run is not"
                 " resumed on a ledger that forgets"
             )
+        for count, entry in enumerate(entries, start=1):
+            self._add(entry, _line(entry))
+            if count == least and seal and self.seal != seal:
+                raise RunError(
+                    f"{FILE}: the first {least} releases are not those that the checkpoint has counted; a run is not"
+                    " resumed on a ledger that was changed"
+                )
 
     def close(self) -> None:
         """Let go of the file."""
@@ -271,6 +311,47 @@ def _less(a: Events, b: Events) -> bool:
 
 
 def read(text: str) -> tuple[dict[str, Any], list[Entry]]:
-    """Return header and entries of a ledger file."""
-    head, *lines = [line for line in text.split("\n") if line]
-    return json.loads(head), [Entry(**json.loads(line)) for line in lines]
+    """Return header and entries of a ledger file, without a last line that was cut off.
+
+    Raises:
+        RunError: another line is no release.
+    """
+    head, *lines = whole(text).split("\n")
+    try:
+        header = json.loads(head)
+    except ValueError:
+        raise RunError(f"{FILE}, line 1: {head[:80]!r} is no header") from None
+    return header, [_entry(line, number) for number, line in enumerate(lines, start=2) if line]
+
+
+def whole(text: str) -> str:
+    """Return the text without a last line that was cut off."""
+    begun, newline, last = text.rpartition("\n")
+    try:
+        json.loads(last)
+    except ValueError:
+        return begun + newline
+    return text
+
+
+def _entry(line: str, number: int) -> Entry:
+    try:
+        entry = Entry(**json.loads(line))
+        if entry.round >= 0 and 0 < entry.z < math.inf and 0 < entry.rate <= 1:
+            return entry
+    except (ValueError, TypeError):
+        pass
+    raise RunError(f"{FILE}, line {number}: {line[:80]!r} is no release; the file was damaged or changed by hand")
+
+
+def _lock(sink: IO[str], file: Path) -> None:
+    """Keep the file to this process: two that play one run would spend its budget twice."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # not on this system
+        return
+    try:
+        fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sink.close()
+        raise RunError(f"{file}: another process plays this run; wait for its end") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsim.errors import InputError
 from fedsim.privacy.gaussian import epsilon_of
-from fedsim.privacy.ledger import FILE, Entry, Ledger, read
+from fedsim.privacy.ledger import FILE, Entry, Ledger, read, whole
 from fedsim.privacy.sampled import epsilon_of_events
 
 SAME = ("unit", "relation", "delta")
@@ -40,7 +40,8 @@ def composed(folders: Sequence[Path]) -> dict[str, Any] | None:
 
     None where no run is private. A run without a privacy section protects nothing: then all together do not either.
     """
-    found = [read((folder / FILE).read_text()) for folder in folders if (folder / FILE).exists()]
+    texts = [(folder / FILE).read_text() for folder in folders if (folder / FILE).exists()]
+    found = [read(text) for text in texts if whole(text)]  # else ended before its first release
     if not found:
         return None
     head = found[0][0]

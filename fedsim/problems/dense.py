@@ -6,7 +6,9 @@ difference of two such is written `u a' + s_ w'` with `u = s - s_`, `w = a - a_`
     ||u a' + s_ w'||^2 = ||u||^2 ||a||^2 + ||s_||^2 ||w||^2 + 2 (u . s_)(a . w),
 
 which loses nothing to cancellation when the two points are close: expanded as three norms of gradients it would come
-out too small in float32, and a record could exceed its radius (Murata & Suzuki, ICML 2023, made stable).
+out too small in float32, and a record could exceed its radius (Murata & Suzuki, ICML 2023, made stable). Where the two
+parts cancel each other, no order of summation helps: norms of differences are taken longer by what rounding can hide.
+Norms are summed in double precision, also those of float32.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from fedsim.problems.per_record import Signals
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+ROUNDING, SUMMING = 4, 1e-14
+"""What may hide a part of a difference that cancels the other: roundings of an entry of its sum (of u, of w, of a
+product, of their sum), in units of the type's last bit; and those of summing squares in double precision, relative.
+"""
 
 Activation = Literal["tanh", "softplus", "none"]
 OutputGradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -91,13 +98,17 @@ class DenseDifference(Signals):
         ]
 
     def squared_norms(self) -> torch.Tensor:
-        """Return `[m, layers]`, never negative."""
+        """Return `[m, layers]`: never less than what `sum` adds, rounded as it is."""
         found = []
         for layer, (u, a, s_, w) in zip(self.layers, self._parts, strict=True):
-            square = _square(u) * (_square(a) + layer.bias)
-            if w is not None:
-                square = square + _square(s_) * _square(w) + 2 * _inner(u, s_) * _inner(a, w)
-            found.append(square.clamp(min=0))
+            first = _square(u) * (_square(a) + layer.bias)
+            if w is None:
+                found.append(first)
+                continue
+            second = _square(s_) * _square(w)
+            square = first + second + 2 * _inner(u, s_) * _inner(a, w) + SUMMING * (first + second)
+            hidden = ROUNDING * torch.finfo(u.dtype).eps * (first.sqrt() + second.sqrt())
+            found.append((square.clamp(min=0).sqrt() + hidden).square())
         return torch.stack(found, dim=1)
 
     def sum(self, weights: torch.Tensor) -> torch.Tensor:
@@ -207,8 +218,8 @@ SLOPES: dict[str, OutputGradient] = {"cross_entropy": cross_entropy_slope, "mean
 
 
 def _square(v: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(v, dim=1).square()
+    return torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).square()
 
 
 def _inner(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return (v * w).sum(dim=1)
+    return (v.double() * w.double()).sum(dim=1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.errors import InputError, did_you_mean
+from fedsim.errors import InputError, Unsupported, did_you_mean
 from fedsim.problems.data.table import Data
 from fedsim.problems.dense import SLOPES, DenseRecords
 from fedsim.problems.losses import LOSSES, PerRecord, refuse_misfit
@@ -141,11 +141,20 @@ class ModuleProblem(Problem):
         return found | ({"node_test_accuracy": partial(self._of_rows, 1)} if self._has_accuracy else {})
 
     def per_record(self) -> DenseRecords | ModuleRecords:
-        """Return per-record gradients: in factors for stacks of linear layers, else by `vmap`."""
+        """Return per-record gradients: in factors for stacks of linear layers, else by `vmap`.
+
+        Raises:
+            Unsupported: the problem computes on another device than the CPU.
+        """
+        if self._device.type != "cpu":
+            raise Unsupported(
+                f"engine.device: {self._device.type} given, but gradients of single records are computed on the CPU;"
+                " leave it out (dp_fedavg, which protects whole workers, can use it)"
+            )
         layers = stack(self._model) if isinstance(self._loss, str) and self._loss in SLOPES else None
         if layers is not None and sum(layer.size for layer in layers[0]) == self.dim:  # all trained, none twice
             return DenseRecords(*layers, SLOPES[str(self._loss)], self._records_of)
-        return ModuleRecords(self._records_of, self._rows.record_loss, self._rows.sizes, self._dtype)
+        return ModuleRecords(self._records_of, self._rows.record_loss, self._rows.layer_sizes, self._dtype)
 
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes, how rows are played and whether their bits are promised, the partition's table."""

@@ -81,7 +81,7 @@ class ModuleRecords:
 
     Args:
         records: `(node, record numbers) -> (features [m, ...], labels [m, ...])`.
-        loss: `(x [dim], one record, its label) -> number`. sizes: numbers of parameters of the tensors.
+        loss: `(x [dim], one record, its label) -> number`. sizes: numbers of parameters of the layers.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class RowGradients:
         self._places = _places(model, self._trained)
         self._shapes = [p.shape for p in self._trained]
         self.sizes = [p.numel() for _, p in trained]
+        by_module = groupby(trained, key=lambda item: item[0].rpartition(".")[0])
+        self.layer_sizes = [sum(p.numel() for _, p in own) for _, own in by_module]  # a layer's weights and bias
         self.initial = torch.cat([p.detach().reshape(-1) for _, p in trained]).clone()
         self._gradient = vmap(grad(self.weighted), randomness="error")
         self._losses = vmap(self.weighted, randomness="error")
