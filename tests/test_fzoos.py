@@ -137,6 +137,14 @@ def test_one_client_is_never_corrected():
     assert all(torch.equal(points[0], x) for x in points)
 
 
+def test_one_client_asks_no_point_twice():
+    """Alone it ends where the server is: the points around that are drawn within `radius`."""
+    p = Recorded(problem(1))
+    play("fzoos", p, 2, **SMALL)
+    points = torch.cat([q[0] for q in p.points])
+    assert len(torch.unique(points, dim=0)) == len(points) - 2  # the server's point is the last local one
+
+
 def test_round_one_has_no_correction_and_round_two_departs_as_gamma_says():
     """Trajectories coincide in round 1; gamma = 0 departs at the first step of round 2, 1/t and 1 at the second."""
     asked = {}

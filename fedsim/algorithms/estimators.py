@@ -50,7 +50,10 @@ class FiniteDifferences:
             )
 
     def __call__(self, f: Oracle, x: torch.Tensor, rng: Draws, purpose: str, rows: Mask = None) -> torch.Tensor:
-        """Return the estimates `[rows, dim]` at `x [rows, dim]`; points are kept inside the problem's box."""
+        """Return the estimates `[rows, dim]` at `x [rows, dim]`.
+
+        Points are kept inside the problem's box: at its walls differences across them are smaller than the slope.
+        """
         u = self.along(rng, purpose, x.shape[1])
         points = f.inside(torch.cat([x[:, None].double(), x[:, None].double() + self.smoothing * u], dim=1))
         y = f.query(points, rows)

@@ -83,8 +83,8 @@ class FZooS(Federated):
             which the clients do not share, a scale of 1).
         initial: points asked around the start, besides the start. candidates, active, radius: as above; the radius is
             of each coordinate. server_candidates, server_active: around the new point, within half the client's mean
-            drift; with server_active 0 both uploads travel together. selection: trace (of the gradient's
-            covariance), or random.
+            drift (within radius, if there is none: a client alone); with server_active 0 both uploads travel together.
+            selection: trace (of the gradient's covariance), or random.
         participants, weights, clip, safeguard, repeat_query: as in fedzo.
         preset: reference_code sets what is not given to what the authors' code does: Matern-5/2 with a length scale
             fitted at each call, features of an SE kernel of length scale 1 without noise, random selection, no
@@ -318,6 +318,7 @@ class FZooS(Federated):
         """Ask the server's point, and points around it within half of the client's mean drift."""
         centre = new.double().expand(len(x), -1)
         drift = 0.5 * (centre - x).abs().mean(dim=1)[:, None]
+        drift = torch.where(drift > 0.0, drift, self.radius)  # one client alone is where the server is
         near = self._chosen(centre, drift, "server candidates", clients, f, rng)
         clients.ask(torch.cat([centre[:, None], near], dim=1))
 
