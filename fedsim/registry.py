@@ -187,15 +187,19 @@ def known(section: str, kind: str) -> Entry:
 def find(section: str, kind: str, base: Path) -> Any:
     """Return the class behind a registered name, `package.module:Class`, or `file.py:Class` beside the scenario.
 
+    Modules are looked for beside the scenario, too.
+
     Raises:
         InputError: there is no such name, module, file or class.
     """
     path = kind if ":" in kind else known(section, kind).path
     module, _, name = path.rpartition(":")
     try:
-        loaded = _from_file(base / module) if module.endswith(".py") else importlib.import_module(module)
+        loaded = _users(module, base) if ":" in kind else importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise InputError(f"{section}.kind: {kind!r}: {error}; give package.module:Class or file.py:Class") from error
+        own = error.name is not None and (module == error.name or module.startswith(f"{error.name}."))
+        hint = "give package.module:Class or file.py:Class" if own else "which the code imports"
+        raise InputError(f"{section}.kind: {kind!r}: {error}; {hint}") from error
     if not hasattr(loaded, name):
         names = [n for n in dir(loaded) if not n.startswith("_")]
         raise InputError(f"{section}.kind: {module} has no {name!r}{did_you_mean(name, names)}")
@@ -206,6 +210,17 @@ def fingerprint(kind: str, base: Path) -> str | None:
     """Return the SHA-256 of the file behind `file.py:Class`, None for everything else."""
     module = kind.rpartition(":")[0]
     return hashlib.sha256((base / module).read_bytes()).hexdigest() if module.endswith(".py") else None
+
+
+def _users(module: str, base: Path) -> Any:
+    """Import a user's file or module; what it imports in turn may lie beside the scenario."""
+    here = str(base.resolve())
+    if here not in sys.path:
+        sys.path.append(here)
+    if module.endswith(".py"):
+        return _from_file(base / module)
+    beside = base / f"{module}.py"
+    return _from_file(beside) if beside.is_file() else importlib.import_module(module)
 
 
 def _from_file(file: Path) -> Any:

@@ -218,7 +218,7 @@ def run_one(
         with watched(float(scenario.engine["timeout"]), lost):
             facts["stopped_by"] = _play(prepared, player, observer, journal, done, wall, progress, root)
         facts["totals"] = counts_of_all(player.counts, layout)
-        _write_queries(root, player, facts["totals"]["queries"], layout)
+        facts |= _write_queries(root, player, facts["totals"]["queries"], layout)
         facts["digest"] = final_digest(prepared, player)
         facts.update(player.facts())
         facts["wire_bytes"] = layout.transport.moved
@@ -233,6 +233,8 @@ def run_one(
         if guard is not None:
             facts.update(player.facts())
             guard.close()
+        if facts["status"] != "finished" and layout.size == 1:  # values may have been dear; other ranks may be gone
+            _write_queries(root, player, player.counts.queries, layout)
         if journal:
             journal.end({**facts, "totals": facts.get("totals", player.counts.as_dict())})
     return Result(root)
@@ -318,15 +320,17 @@ def _checkpoint(player: Player, journal: Journal | None, wall: float, layout: La
         journal.checkpoint(whole, wall)
 
 
-def _write_queries(root: Path, player: Player, asked: int, layout: Layout) -> None:
-    """Leave the log of all function values that were asked for, where there are any."""
+def _write_queries(root: Path, player: Player, asked: int, layout: Layout) -> dict[str, Any]:
+    """Leave the log of all function values that were asked for, where there are any; return who asked how many."""
     from fedsim.engine.rounds import Rounds
     from fedsim.results.query_log import write_queries
 
-    if asked and isinstance(player, Rounds):
-        log = player.query_log()
-        assert log is not None
-        write_queries(root, log, layout)
+    log = player.query_log() if asked and isinstance(player, Rounds) else None
+    if log is None:
+        return {}
+    assert isinstance(player, Rounds)
+    write_queries(root, log, layout)
+    return {"queries_per_client": player.asked.tolist()}
 
 
 def _targets(every: float, horizon: float, done: int) -> Iterator[float]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,14 @@ def test_the_mean_of_the_quadratics_does_not_depend_on_heterogeneity(C):
     assert start == pytest.approx(3.34177, abs=5e-6)
     best = float(p.loss(p.optimum()[None], np.arange(5)).mean())
     assert best == pytest.approx(-0.025 + 0.1 / 300, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "at_two"), [("ackley", 6.593599), ("levy", 0.625), ("rastrigin", 4.0)])
+def test_standard_functions_in_one_dimension(name, at_two):
+    """A line is enough for all that join no coordinates: their values at 2, worked out by hand."""
+    assert float(STANDARD[name].function(torch.full((1, 1), 2.0).double())) == pytest.approx(at_two, abs=1e-6)
+    p = problem(kind="test_function", function=name, dim=1)
+    assert (p.loss(p.start(np.arange(5)), np.arange(5)) > 0).all()
 
 
 @pytest.mark.parametrize("name", STANDARD)
@@ -138,7 +147,7 @@ def test_black_boxes_keep_the_laws(attack, tmp_path):
                 p.gradient(torch.zeros(p.n, p.dim).double(), np.arange(p.n))
 
 
-def test_a_users_function_is_mapped_from_its_box(tmp_path):
+def test_a_users_function_is_mapped_from_its_box(tmp_path, monkeypatch):
     """The function sees its own units; worker processes give the same values; start is given in the user's units."""
     (tmp_path / "mine.py").write_text("def f(x, node):\n    return float(100 * node + x[0] + 10 * x[1])\n")
     section = {"function": "mine.py:f", "dim": 2, "lower": [-1, 0], "upper": [1, 5], "start": [0.0, 1.0]}
@@ -146,6 +155,9 @@ def test_a_users_function_is_mapped_from_its_box(tmp_path):
     x = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [2.0, -3.0]]]).double()
     assert p.values(x, np.array([2])).tolist() == [[199.0, 251.0, 201.0]]
     assert p.start(np.arange(3))[1].tolist() == [0.5, 0.2]
+    (tmp_path / "script.py").write_text("raise SystemExit('run once more')")  # as a script without a guard would be
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     many = problem(3, tmp_path, kind="function", workers=2, **section)
     assert torch.equal(many.values(x.expand(3, -1, -1), np.arange(3)), p.values(x.expand(3, -1, -1), np.arange(3)))
 
@@ -156,7 +168,10 @@ REFUSED = [
     ({**FUNCTION, "upper": -1.0}, "problem.upper: -1 at coordinate 0, not above lower = 0"),
     ({**FUNCTION, "start": [0.5, 7.0]}, "problem.start: lies outside the box"),
     ({**FUNCTION, "function": "f"}, "package.module:name or file.py:name is needed"),
-    ({**FUNCTION, "function": "mine.py:g"}, "has no 'g'"),
+    ({**FUNCTION, "function": "mine.py:g"}, "problem.function: .*has no 'g'"),
+    ({**FUNCTION, "function": "nowhere:f"}, "problem.function: 'nowhere:f': No module named 'nowhere'; give"),
+    ({**FUNCTION, "function": "lost.py:f"}, "No module named 'nowhere_at_all'; which the code imports"),
+    ({"kind": "test_function", "function": "rosenbrock", "dim": 1}, "problem.dim: 1 given; rosenbrock .* needs 2"),
     ({**FUNCTION, "function": "mine.py:one"}, "is no function"),
     ({"kind": "command", "command": " ", "dim": 2}, "problem.command: empty"),
     ({"kind": "command", "command": "'a", "dim": 2}, "No closing quotation"),
@@ -167,24 +182,43 @@ REFUSED = [
 def test_an_own_black_box_that_cannot_be_used_is_refused(tmp_path, section, words):
     """Boxes, starts and names that make no sense are refused before anything runs."""
     (tmp_path / "mine.py").write_text("one = 1\n\ndef f(x, node):\n    return 0.0\n")
+    (tmp_path / "lost.py").write_text("import nowhere_at_all\n")
     with pytest.raises(InputError, match=words):
         problem(3, tmp_path, **section)
 
 
 def test_a_function_that_returns_no_number_ends_the_run_by_name(tmp_path):
-    """None and NaN are named, with the client."""
+    """None and NaN are named, with client and point; so is what it raises, with its place."""
     for value in ("None", "float('nan')", "'a'"):
         (tmp_path / f"m{len(value)}.py").write_text(f"def f(x, node):\n    return {value}\n")
         p = problem(2, tmp_path, kind="function", function=f"m{len(value)}.py:f", dim=1)
-        with pytest.raises(RunError, match="for client 1; a finite number is needed"):
+        with pytest.raises(RunError, match=r"for client 1 at x = \[0.0\]; a finite number is needed"):
             p.values(torch.zeros(1, 1, 1).double(), np.array([1]))
+    (tmp_path / "bad.py").write_text("def f(x, node):\n    return {}['boom']\n")
+    with pytest.raises(RunError, match=r"bad.py:f raised KeyError: 'boom' \(.*bad.py, line 2\) for client 0 at x"):
+        problem(1, tmp_path, kind="function", function="bad.py:f", dim=12).values(torch.zeros(1, 1, 12), np.array([0]))
+
+
+def test_a_users_module_may_lie_beside_the_scenario_and_is_read_anew(tmp_path):
+    """`module:name` and `package.module:name` are found there, and so is what a file imports; edits count."""
+    (tmp_path / "i7_helper.py").write_text("def half(v):\n    return v / 2\n")
+    (tmp_path / "i7_mine.py").write_text("from i7_helper import half\n\ndef f(x, node):\n    return half(x[0])\n")
+    (tmp_path / "i7_pack").mkdir()
+    (tmp_path / "i7_pack" / "part.py").write_text("def f(x, node):\n    return 3.0\n")
+    at = torch.ones(1, 1, 1).double(), np.array([0])
+    for name, value in (("i7_mine.py:f", 0.5), ("i7_mine:f", 0.5), ("i7_pack.part:f", 3.0)):
+        assert problem(1, tmp_path, kind="function", function=name, dim=1).values(*at).tolist() == [[value]]
+    (tmp_path / "i7_mine.py").write_text("def f(x, node):\n    return 7.0\n")
+    assert problem(1, tmp_path, kind="function", function="i7_mine.py:f", dim=1).values(*at).tolist() == [[7.0]]
 
 
 SIMULATOR = """
-import sys, time, pathlib
+import os, subprocess, sys, pathlib
 x = [float(line) for line in sys.stdin]
 mode, node = sys.argv[1], int(sys.argv[2])
-if mode == "slow": time.sleep(30)
+if mode == "slow": subprocess.run(["sleep", "30"])
+if mode == "shot": os.kill(os.getpid(), 9)
+if mode == "garbled": sys.stdout.buffer.write(b"\\xff\\xfe 1.5\\n"); sys.exit(0)
 if mode == "fails": sys.exit("out of memory")
 if mode == "silent": sys.exit(0)
 if mode == "moody":
@@ -196,7 +230,9 @@ SAID = {
     "slow": "gave no answer within 0.5 seconds",
     "fails": "ended with exit code 1: out of memory",
     "silent": "printed '' as its last line; a finite number is needed",
-    "moody": r"ended with exit code 3: it said nothing$",
+    "moody": r"ended with exit code 3: it said nothing, for client 0 at x = \[0.0, 0.0\]$",
+    "shot": "was ended by signal 9",
+    "garbled": "printed '\ufffd\ufffd 1.5' as its last line",
 }
 
 
@@ -223,6 +259,19 @@ def test_a_command_that_fails_is_quoted(tmp_path, mode):
     missing = problem(3, tmp_path, kind="command", command="no-such-program", dim=2)
     with pytest.raises(RunError, match="no-such-program: cannot be started"):
         missing.values(torch.zeros(1, 1, 2).double(), np.array([0]))
+
+
+def test_a_command_that_takes_too_long_ends_with_all_it_started(tmp_path):
+    """What a command has started itself does not outlive the time it was given."""
+    command = "sh -c 'sleep 60 & echo $! > child; wait; echo 1'"
+    p = problem(1, tmp_path, kind="command", command=command, dim=1, timeout=0.5)
+    with pytest.raises(RunError, match=r"no answer within 0\.5 seconds"):
+        p.values(torch.zeros(1, 1, 1).double(), np.array([0]))
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 5.0
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_queries_are_counted_per_client_noisy_and_the_same_for_any_holder():
@@ -277,6 +326,7 @@ def test_every_query_is_logged_and_a_budget_is_kept_to_the_query(tmp_path):
     assert run.facts["stopped_by"] == "queries >= 200"
     log = run.queries
     assert len(log) == 200
+    assert run.facts["queries_per_client"] == log.groupby("node").size().tolist()
     assert list(log.columns) == ["node", "number", "round", "value", "x"]
     assert log["round"].min() == -1
     assert all(min(x) >= 0 and max(x) <= 1 for x in log.x)
@@ -287,6 +337,30 @@ def test_every_query_is_logged_and_a_budget_is_kept_to_the_query(tmp_path):
     assert float(p.loss(torch.tensor([list(one.x)]).double(), np.array([one.node]))[0]) == one.value
     with pytest.raises(InputError, match=r"stop.queries: 7 do not cover the start"):
         fedsim.run({**RUN, "stop": {"queries": 7}}, folder=tmp_path / "s")
+
+
+def test_other_bounds_hold_where_the_queries_end_a_run(tmp_path):
+    """A round that the budget of queries ends midway is not charged for messages that would pass another bound."""
+    free = fedsim.run({**RUN, "stop": {"queries": 200}}, folder=tmp_path / "f").metrics
+    bound = int(free.bytes.iloc[-1]) - 1
+    last = fedsim.run({**RUN, "stop": {"queries": 200, "bytes": bound}}, folder=tmp_path / "b").metrics.iloc[-1]
+    assert free.bytes.iloc[-2] <= last.bytes <= bound
+    assert last.queries == 200
+
+
+def test_a_run_that_fails_leaves_the_values_it_had(tmp_path):
+    """Values may have been dear: the log of what was answered stays."""
+    (tmp_path / "mine.py").write_text(
+        "calls = []\n\ndef f(x, node):\n    calls.append(node)\n    return 1.0 / (100 - len(calls))\n"
+    )
+    own = {"kind": "function", "function": "mine.py:f", "dim": 2}
+    (tmp_path / "s.yaml").write_text(json.dumps({**RUN, "problem": own, "record": {"metrics": []}}))
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        fedsim.run(tmp_path / "s.yaml", folder=tmp_path / "out")
+    result = fedsim.load(tmp_path / "out")
+    assert result.status == "failed"
+    assert len(result.queries) == result.facts["totals"]["queries"] > 50
+    assert (1 / result.queries.value).max() == pytest.approx(99)
 
 
 def test_long_points_are_not_logged(tmp_path):

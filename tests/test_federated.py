@@ -15,7 +15,7 @@ from fedsim.engine.layout import Layout
 from fedsim.engine.oracle import BlockOracle
 from fedsim.engine.rounds import Rounds
 from fedsim.engine.streams import RoundDraws, Streams
-from fedsim.errors import InputError
+from fedsim.errors import Diverged, InputError
 from fedsim.problems.black_box import BlackBox
 from fedsim.problems.build import build
 from fedsim.registry import find
@@ -127,6 +127,17 @@ def test_all_coordinates_give_the_gradient():
     assert torch.allclose(g, p.slope.expand(3, -1), rtol=1e-9)
 
 
+def test_orthonormal_directions_are_those_of_gram_and_schmidt():
+    """Signs included: at the minimum of a symmetric function no coordinate of the mean estimate is preferred."""
+    draws = RoundDraws(Streams(0), np.arange(3000), 0)
+    u = FiniteDifferences("orthonormal", 3).along(draws, "u", 5)
+    first, second = (draws.normal("u", 15).view(-1, 3, 5)[:, q] for q in (0, 1))
+    assert torch.allclose(u[:, 0], first / first.norm(dim=1, keepdim=True), rtol=1e-10)
+    rest = second - (second * u[:, 0]).sum(1, keepdim=True) * u[:, 0]
+    assert torch.allclose(u[:, 1], rest / rest.norm(dim=1, keepdim=True), rtol=1e-8, atol=1e-12)
+    assert (u.sum(1).mean(0) / (u.sum(1).std(0) / 3000**0.5)).abs().max() < 4
+
+
 @pytest.mark.parametrize("kind", ["coordinate", "orthonormal"])
 def test_more_directions_than_dimensions_are_refused(kind):
     """Where directions must differ there are at most dim."""
@@ -203,6 +214,8 @@ def test_weights_are_those_of_the_mean():
         play("fedzo", p, weights=[1.0, 2.0])
     with pytest.raises(InputError, match="participants: 9 of 5 clients"):
         play("fedzo", p, participants=9)
+    with pytest.raises(InputError, match=r"participants: 2 given, but 3 clients weigh 0, .* at least 4 must"):
+        play("fedzo", p, participants=2, weights=[0, 1, 0.0, 2, 0])
 
 
 @pytest.mark.parametrize("kind", ["fedzo", "scaffold_zo", "fzoos"])
@@ -257,6 +270,63 @@ def averaged(p, rounds, T, step, how, x0, gamma=0.7):
             c_own = np.stack(means)
             c = c_own.mean(0)
     return x
+
+
+def on_values(p, rounds, how, taking_part, weights, T=3, Q=2, h=0.01, step=0.002):
+    """FedZO, FedProx and SCAFFOLD I, II on sphere differences: one client after the other, plain NumPy, from a draw."""
+    ask = lambda i, x: float(p.values(torch.from_numpy(x)[None, None], np.array([i]))[0, 0])
+    x, dim = p.start(np.arange(p.n))[0].numpy(), p.dim
+    c_own, c, total = np.zeros((p.n, dim)), np.zeros(dim), sum(weights)
+
+    def estimate(i, x, k, purpose):
+        u = Streams(0).normal(purpose, np.array([i]), k, Q * dim).reshape(Q, dim)
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        return sum(dim * (ask(i, np.clip(x + h * v, 0, 1)) - ask(i, x)) / h * v for v in u) / Q
+
+    for k in range(rounds):
+        who = taking_part(k)
+        mean = lambda of, who=who: sum(weights[i] * of[i] for i in who) / sum(weights[i] for i in who)
+        if how == "scaffold 1" and k > 0:
+            c_own[who] = [estimate(i, x, k, "control") for i in who]
+            c = mean(c_own)
+        ends, means = {}, {}
+        for i in who:
+            y, found = x.copy(), []
+            for t in range(T):
+                found.append(estimate(i, y, k, f"directions {t}"))
+                pull = 0.7 * (y - x) if how == "fedprox" and k > 0 else 0.0
+                y = np.clip(y - step * (found[-1] + pull + 0.7 * (c - c_own[i])), 0, 1)
+            ends[i], means[i] = y, np.mean(found, axis=0)
+        if how == "scaffold 2":
+            c = c + sum(weights[i] * (means[i] - c_own[i]) for i in who) / total
+            c_own[who] = [means[i] for i in who]
+        x = mean(ends)
+    return x
+
+
+@pytest.mark.parametrize("how", ["fedzo", "fedprox", "scaffold 1", "scaffold 2"])
+def test_methods_on_values_are_those_of_the_paper(how):
+    """Four rounds of three of five clients with weights, against walls of the box, equal a loop over clients."""
+    p, weights = problem(dim=4), [1.0, 2.0, 0.5, 0.0, 3.0]
+
+    def taking_part(k):
+        return np.sort(RoundDraws(Streams(0), np.arange(5), k).shared("participants").permutation(5)[:3])
+
+    kind, _, option = how.partition(" ")
+    more = {} if kind == "fedzo" else {"gamma": 0.7}
+    more |= {"option": int(option)} if option else {}
+    got = point(
+        kind if kind == "fedzo" else f"{kind}_zo",
+        p,
+        4,
+        local_steps=3,
+        participants=3,
+        weights=weights,
+        estimator=FiniteDifferences("sphere", 2, 0.01),
+        optimiser=SGD("sgd", 0.002),
+        **more,
+    )
+    assert np.allclose(got.numpy(), on_values(p, 4, how, taking_part, weights), rtol=1e-11)
 
 
 @pytest.mark.parametrize("how", ["fedavg", "fedprox", "scaffold 1", "scaffold 2"])
@@ -323,6 +393,49 @@ def test_parts_are_chosen_in_the_scenario(tmp_path):
         fedsim.run(wrong, folder=tmp_path / "b")
     with pytest.raises(InputError, match=r"algorithm\.optimiser: this key is missing"):
         fedsim.run({**scenario, "algorithm": {"kind": "fedavg"}}, folder=tmp_path / "c")
+
+
+def test_what_a_scenario_gives_stands_against_the_preset():
+    """Keys that are given, with their default's value too, stay; the others are the authors'."""
+    from fedsim.algorithms.federated import FedZO
+    from fedsim.checks import build as checked
+
+    setting = RunSetting(problem(dim=30), topology({"kind": "server", "n": 5}, Path()))
+    made = checked(FedZO, {"preset": "reference_code", "clip": True}).resolve(setting)
+    assert (made.clip, made.safeguard, made.repeat_query, made.estimator.kind) == (True, True, True, "orthonormal")
+    assert checked(FedZO, {"clip": True}).resolve(setting).estimator.kind == "gaussian"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("fedzo", {"preset": "reference_code"}),
+        ("fedprox_zo", {"estimator": FiniteDifferences("sphere", 3)}),
+        ("scaffold_zo", {"option": 1}),
+        ("scaffold_zo", {"safeguard": True}),
+        ("fd_sgd", {"step": 0.1}),
+        ("fedavg", {"optimiser": SGD("sgd", 0.1)}),
+        ("scaffold", {"optimiser": SGD("sgd", 0.1), "option": 1}),
+    ],
+)
+def test_the_costs_that_check_prints_are_those_of_the_run(kind, more):
+    """Gradients or queries, and numbers up, per client and round, from the second on."""
+    p, server = problem(dim=30), topology({"kind": "server", "n": 5}, Path())
+    made = find("algorithm", kind, Path())(**more).resolve(RunSetting(p, server))
+    said = {c.name.partition(" ")[0]: c.value for c in made.constants(RunSetting(p, server))}
+    player = play(kind, p, 1, **more)
+    before = player.counts.as_dict()
+    player.advance(2)
+    spent = {name: value - before[name] for name, value in player.counts.as_dict().items()}
+    assert said.get("queries", 0) * 5 == spent["queries"]
+    assert said.get("gradients", 0) * 5 == spent["gradients"]
+    assert said["numbers"] * 5 * 8 == spent["bytes_up"] == spent["bytes_down"]
+
+
+def test_a_server_that_diverges_is_noticed_whatever_is_recorded():
+    """The server's point is no row of any node; it ends the run when it is no longer finite."""
+    with pytest.raises(Diverged, match="x is no longer finite after round 9"):
+        play("fedavg", quadratic(6, 4), 9, torch.ones(6, 4).double(), optimiser=SGD("sgd", 1e30), local_steps=4)
 
 
 def test_fd_sgd_steps_along_the_mean_difference():

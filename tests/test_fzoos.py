@@ -8,7 +8,10 @@ import torch
 from test_federated import Recorded, play
 
 from fedsim.algorithms.fzoos import FZooS
-from fedsim.errors import InputError
+from fedsim.algorithms.optimisers import SGD
+from fedsim.engine.rounds import START
+from fedsim.engine.streams import RoundDraws, Streams
+from fedsim.errors import Diverged, InputError
 from fedsim.problems.build import build
 from fedsim.setting import RunSetting
 from fedsim.surrogate.features import features
@@ -32,11 +35,114 @@ def losses(p, rounds, seed=0, **parameters):
     return np.array(found), player
 
 
+class Client:
+    """One client of FZooS as the paper's formulas read, in plain NumPy: full matrices, differences, inverses."""
+
+    def __init__(self, ask, dim, scale, noise, window):
+        self.ask, self.scale, self.noise, self.window = ask, scale, noise, window
+        self.points, self.values = np.zeros((0, dim)), np.zeros(0)
+
+    def query(self, points):
+        self.points = np.concatenate([self.points, points])
+        self.values = np.concatenate([self.values, [self.ask(x) for x in points]])
+
+    def nearest(self, x):
+        near = np.sort(np.argsort(((self.points - x) ** 2).sum(1), kind="stable")[: self.window])
+        values = self.values[near]
+        return self.points[near], (values - values.min()) / np.ptp(values), np.ptp(values)
+
+    def kernel(self, a, b):
+        return np.exp(-((a[:, None] - b[None]) ** 2).sum(2) / (2 * self.scale**2))
+
+    def slopes(self, x, points):
+        return -self.kernel(x[None], points).T * (x - points) / self.scale**2
+
+    def gradient(self, x):
+        points, values, spread = self.nearest(x)
+        noisy = self.kernel(points, points) + self.noise * np.eye(len(points))
+        return spread * self.slopes(x, points).T @ np.linalg.solve(noisy, values)
+
+    def chosen(self, x, candidates, keep):
+        points, _, _ = self.nearest(x)
+        inverse = np.linalg.inv(self.kernel(points, points) + self.noise * np.eye(len(points)))
+        known = [np.trace((j := self.slopes(c, points)).T @ inverse @ j) for c in candidates]
+        return candidates[np.sort(np.argsort(known, kind="stable")[:keep])]
+
+    def weights(self, x, phi):
+        points, values, spread = self.nearest(x)
+        matrix = phi(points / self.scale)
+        return spread * np.linalg.solve(matrix @ matrix.T + self.noise * np.eye(len(points)), values) @ matrix
+
+
+def from_the_paper(p, rounds, taking_part, weights, phi, T=3, scale=0.7, noise=1e-3, window=25):
+    """FZooS by its sections 3 to 6: clients one after the other; draws are the run's, nothing else is."""
+    directions, phases = phi.directions.numpy(), phi.phases.numpy()
+    features = lambda z: phi.amplitude * np.cos(z @ directions.T + phases)
+    slope = lambda x, w: -phi.amplitude / scale * (np.sin(directions @ x / scale + phases) * w) @ directions
+    ask = lambda i, x: float(p.values(torch.from_numpy(x)[None, None], np.array([i]))[0, 0])
+    x = p.start(np.arange(p.n))[0].numpy()
+    clients = [Client(lambda z, i=i: ask(i, z), p.dim, scale, noise, window) for i in range(p.n)]
+
+    def around(i, step, purpose, count, centre, radius):
+        u = Streams(0).uniform(purpose, np.array([i]), step, count * p.dim).reshape(count, p.dim)
+        return np.clip(centre + (2 * u - 1) * radius, 0, 1)
+
+    for i, client in enumerate(clients):
+        client.query(np.concatenate([x[None], around(i, START, "initial", 10, x, 0.01)]))
+    correction = np.zeros((p.n, len(phases)))
+    for k in range(rounds):
+        who = taking_part(k)
+        mean = lambda of, who=who: sum(weights[i] * of[i] for i in who) / sum(weights[i] for i in who)
+        ends, own = {}, {}
+        for i in who:
+            z, m, v, client = x.copy(), 0.0, 0.0, clients[i]
+            for t in range(1, T + 1):
+                g = client.gradient(z) + slope(z, correction[i]) / t
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+                z = np.clip(z - 0.01 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8), 0, 1)
+                client.query(z[None])
+                if t < T:
+                    client.query(client.chosen(z, around(i, k, f"candidates {t - 1}", 12, z, 0.01), 5))
+            ends[i] = z
+        x = mean(ends)
+        for i in who:
+            near = around(i, k, "server candidates", 12, x, np.abs(x - ends[i]).mean() / 2)
+            clients[i].query(np.concatenate([x[None], clients[i].chosen(x, near, 6)]))
+            own[i] = clients[i].weights(x, features)
+        for i in who:
+            correction[i] = mean(own) - own[i]
+    return x, correction
+
+
+def test_a_run_is_that_of_the_papers_formulas():
+    """Four rounds, three of five clients with weights, a moving window: points and corrections as in plain NumPy."""
+    p, weights = problem(), [1.0, 2.0, 0.5, 0.0, 3.0]
+
+    def taking_part(k):
+        return np.sort(RoundDraws(Streams(0), np.arange(5), k).shared("participants").permutation(5)[:3])
+
+    small = {**SMALL, "local_steps": 3, "window": 25, "feature_window": 25, "noise": 1e-3, "length_scale": 0.7}
+    final = play("fzoos", p, 4, participants=3, weights=weights, **small).final()
+    phi = features("se", 60, 6, int(final["seed"][0]))
+    x, correction = from_the_paper(p, 4, taking_part, weights, phi)
+    assert np.allclose(final["x"][0], x, rtol=1e-10)
+    assert np.allclose(final["delta"], correction, rtol=1e-8, atol=1e-10 * np.abs(correction).max())
+    assert (final["scale"] == 0.7).all()
+
+
 def test_one_client_is_never_corrected():
     """With N = 1 the run is the same, bit for bit, for any gamma."""
     p = problem(1)
     points = [play("fzoos", p, 3, gamma=g, **SMALL).outputs() for g in (0.0, "1/t", 1.0, "learned")]
     assert all(torch.equal(points[0], x) for x in points)
+
+
+def test_one_client_asks_no_point_twice():
+    """Alone it ends where the server is: the points around that are drawn within `radius`."""
+    p = Recorded(problem(1))
+    play("fzoos", p, 2, **SMALL)
+    points = torch.cat([q[0] for q in p.points])
+    assert len(torch.unique(points, dim=0)) == len(points) - 2  # the server's point is the last local one
 
 
 def test_round_one_has_no_correction_and_round_two_departs_as_gamma_says():
@@ -70,7 +176,7 @@ def test_identical_clients_with_identical_histories_are_not_corrected():
     history = History(points, (points**2).sum(1), 40, None, 1e-6)
     phi = features("se", 500, 5, 3)
     part, values, spread, noise = history.normalised(points[0], None)
-    own = phi.weights(part, values, 1.0, noise) * spread
+    own = phi.weights(part, values, 1.0, noise)[0] * spread
     mean = torch.stack([own] * 5).mean(0)
     assert phi.gradient(points[0], 1.0, mean - own).norm() <= 1e-12 * history.gradient(points[0]).norm()
 
@@ -203,13 +309,38 @@ def test_lengths_of_theory_lie_between_none_and_all():
     history = History(points, points.sum(1), 30, None, 1e-6)
     history.kernel = Kernel("se", 1.0)
     history.gradient(points[0])
-    found = [theory_length(history, points[0], G, 1e-6, 1000) for G in (1e-6, 1.0, 1e9)]
+    found = [theory_length(history, points[0], G, 5, 1000) for G in (1e-6, 1.0, 1e9)]
     assert 0 < found[0] < found[1] < found[2] < 1
+    omega = 4 + 2 * (2 + 1) * np.log(10)
+    iota = float(((points - points[0]) ** 2).sum(1).mean())
+    known = 4 * omega * iota * (np.exp(-iota / 2) / 2) ** 2 / (4 + 1e-6 * 4 / 30)
+    rest = omega * 1.0 - known + 5 / 1000
+    assert found[1] == pytest.approx(1 / (1 + 2 * float(history.spread) ** 2 * rest), rel=1e-12)
     a, c = torch.tensor([1.0, 0.0]).double(), torch.tensor([2.0, 5.0]).double()
     assert best_length(a, c) == pytest.approx(2 / 29)
     assert best_length(-a, c) == 0.0
     assert best_length(9 * c, c) == 1.0
     assert best_length(a, 0 * c) == 0.0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"initial": 0, "repeat_query": True},
+        {"initial": 0},
+        {"memory": 26},
+        {"active": 0, "server_active": 0, "memory": 4},
+    ],
+)
+def test_a_client_without_memories_plays_on(more):
+    """No design, or a memory of one round's queries: rounds start with nothing known, and end finite."""
+    assert play("fzoos", problem(), 2, **{**SMALL, **more}).outputs().isfinite().all()
+
+
+def test_a_run_that_leaves_the_numbers_ends():
+    """Steps beyond all numbers without a box: divergence by name, where features of no number went on for ever."""
+    with pytest.raises(Diverged, match="no longer finite"):
+        play("fzoos", problem(), 2, clip=False, optimiser=SGD("sgd", 1e300), **SMALL)
 
 
 def test_raised_noise_is_in_the_record():

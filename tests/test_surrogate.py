@@ -212,6 +212,15 @@ def test_an_extended_factor_is_that_of_all_points(name):
         assert grown._posterior is first
 
 
+def test_without_queries_the_surrogate_knows_nothing():
+    """No points: gradient 0, no likelihood for any length scale, all of the prior's uncertainty."""
+    none = history(torch.zeros(0, 3).double(), torch.zeros(0).double())
+    x = torch.zeros(3).double()
+    assert (none.gradient(x) == 0).all()
+    assert (none.likelihoods("se", x) == 0).all()
+    assert float(none.trace(x, x[None])[0]) == none.kernel.curvature * 3
+
+
 def test_the_nearest_are_kept_and_ties_go_to_the_older():
     """A window holds the nearest queries in the order in which they were made."""
     points = torch.tensor([[0.0], [1.0], [1.0], [0.5], [-1.0]], dtype=torch.float64)
@@ -246,7 +255,7 @@ def test_the_gradient_of_features_converges_and_is_exact():
         of_m = []
         for seed in range(12):
             phi = Features("se", M, 10, seed)
-            of_m.append(float((phi.gradient(x, 1.0, phi.weights(points, values, 1.0, 1e-2)) - exact).norm()))
+            of_m.append(float((phi.gradient(x, 1.0, phi.weights(points, values, 1.0, 1e-2)[0]) - exact).norm()))
         errors.append(np.sqrt(np.mean(np.square(of_m))))
     assert 1.7 < (errors[0] / errors[2]) ** 0.5 < 2.3
     phi, w = Features("se", 300, 10, 0), torch.randn(300, generator=torch.Generator().manual_seed(1)).double()
@@ -263,12 +272,25 @@ def test_primal_and_dual_weights_agree_and_without_noise_they_interpolate():
     phi = Features("se", 80, 4, 0)
     matrix = phi(points, 1.0).T
     primal = torch.linalg.solve(matrix @ matrix.T + 1e-2 * torch.eye(80, dtype=torch.float64), matrix @ values)
-    dual = phi.weights(points, values, 1.0, 1e-2)
+    dual, _ = phi.weights(points, values, 1.0, 1e-2)
     assert (primal - dual).abs().max() < 1e-10 * primal.abs().max()
     double = torch.cat([points, points])
-    found = phi.weights(double, torch.cat([values, values]), 1.0, 0.0)
+    found, _ = phi.weights(double, torch.cat([values, values]), 1.0, 0.0)
     assert found.isfinite().all()
     assert (phi(points, 1.0) @ found - values).abs().max() < 1e-3
+
+
+def test_features_that_cannot_be_factored_take_more_noise_and_say_so():
+    """Coinciding points with next to no noise: counted, finite; points that are no numbers give no numbers, at once."""
+    points, _ = cloud(30, 2, 0.01)
+    phi = Features("se", 200, 2, 0)
+    weights, raised = phi.weights(torch.cat([points] * 3), torch.cat([points.sum(1)] * 3), 5.0, 1e-300)
+    assert weights.isfinite().all()
+    assert raised > 0
+    assert phi.weights(points, points.sum(1), 5.0, 1e-3)[1] == 0
+    lost, _ = phi.weights(points * math.nan, points.sum(1), 5.0, 1e-3)
+    assert lost.shape == weights.shape
+    assert lost.isnan().all()
 
 
 def test_surrogates_are_linear_in_their_weights():
@@ -278,7 +300,7 @@ def test_surrogates_are_linear_in_their_weights():
     for client, size in enumerate((1.0, 30.0, 1000.0)):
         points, _ = cloud(20, 3, seed=client)
         part, values, spread, noise = history(points, size * (points**2).sum(1)).normalised(x, None)
-        weights.append(phi.weights(part, values, 1.0, noise) * spread)
+        weights.append(phi.weights(part, values, 1.0, noise)[0] * spread)
         gradients.append(phi.gradient(x, 1.0, weights[-1]))
     mean = phi.gradient(x, 1.0, torch.stack(weights).mean(0))
     assert torch.allclose(mean, torch.stack(gradients).mean(0), rtol=1e-9)

@@ -50,7 +50,10 @@ class FiniteDifferences:
             )
 
     def __call__(self, f: Oracle, x: torch.Tensor, rng: Draws, purpose: str, rows: Mask = None) -> torch.Tensor:
-        """Return the estimates `[rows, dim]` at `x [rows, dim]`; points are kept inside the problem's box."""
+        """Return the estimates `[rows, dim]` at `x [rows, dim]`.
+
+        Points are kept inside the problem's box: at its walls differences across them are smaller than the slope.
+        """
         u = self.along(rng, purpose, x.shape[1])
         points = f.inside(torch.cat([x[:, None].double(), x[:, None].double() + self.smoothing * u], dim=1))
         y = f.query(points, rows)
@@ -66,12 +69,21 @@ class FiniteDifferences:
         if self.kind == "sphere":
             return u / u.norm(dim=2, keepdim=True)
         if self.kind == "orthonormal":
-            return torch.stack([torch.linalg.qr(row.T).Q.T for row in u]) if len(u) else u
+            return torch.stack([_orthonormal(row) for row in u]) if len(u) else u
         return u
 
     def _coordinates(self, keys: torch.Tensor) -> torch.Tensor:
         chosen = keys.sort(dim=1, stable=True).indices[:, : self.directions]
         return torch.nn.functional.one_hot(chosen, keys.shape[1]).double()
+
+
+def _orthonormal(u: torch.Tensor) -> torch.Tensor:
+    """Return what Gram and Schmidt make of the rows of u: QR, with the signs that its reflections lose.
+
+    With signs that depend on u, forward differences would have a mean along the first coordinates.
+    """
+    q, r = torch.linalg.qr(u.T)
+    return (q * r.diagonal().sign()).T
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fedsim.algorithms.algorithm import Draws, Oracle, Provenance, Sampling, Setting, SyncAlgorithm
+from fedsim.algorithms.algorithm import Constant, Draws, Oracle, Provenance, Sampling, Setting, SyncAlgorithm
 from fedsim.algorithms.estimators import Estimator, Exact, FiniteDifferences
 from fedsim.algorithms.optimisers import SGD, Adam, Optimiser
 from fedsim.algorithms.requests import Mean, Rows, Shared
@@ -58,14 +58,28 @@ class Federated(SyncAlgorithm):
     preset: Preset = "default"
     _common: bool = field(default=True, init=False, repr=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, section: Any) -> Any:
+        """Put the preset's values where a scenario gives none; `resolve` could not tell a given default from none."""
+        if isinstance(section, dict) and section.get("preset") == "reference_code":
+            return {**cls.reference, **section, "preset": "default"}
+        return section
+
     def resolve(self, setting: Setting) -> Self:
-        """Apply the preset to what was left at its default; refuse participants and weights that do not fit."""
+        """Apply the preset to what equals its default; refuse participants and weights that do not fit."""
         if self.participants is not None and self.participants > setting.n:
             raise InputError(f"algorithm.participants: {self.participants} of {setting.n} clients; give at most all")
         if self.weights is not None and (len(self.weights) != setting.n or not sum(self.weights) > 0):
             raise InputError(
                 f"algorithm.weights: {len(self.weights)} numbers given; one for each of the {setting.n} clients, not"
                 " all 0, is needed"
+            )
+        weightless = (self.weights or []).count(0.0)
+        if self.participants is not None and weightless >= self.participants:
+            raise InputError(
+                f"algorithm.participants: {self.participants} given, but {weightless} clients weigh 0, and these alone"
+                f" have no mean; at least {weightless + 1} must take part"
             )
         untouched = {f.name for f in fields(self) if f.init and getattr(self, f.name) == f.default}
         chosen = self.reference if self.preset == "reference_code" else {}
@@ -135,6 +149,27 @@ class Averaging(Federated):
         made.estimator.check(setting.dim)
         return made
 
+    @property
+    def estimates(self) -> int:
+        """Gradient estimates of one client in one round."""
+        return self.local_steps
+
+    @property
+    def vectors(self) -> int:
+        """How many times dim numbers a client sends in one round."""
+        return 1
+
+    def constants(self, setting: Setting) -> tuple[Constant, ...]:
+        """Return what a round costs a client."""
+        each, checks = self.estimator.queries, 2 * self.safeguard
+        queries = each * self.estimates + self.repeat_query + checks
+        costs = (
+            Constant("gradients per client and round", 0 if each else self.estimates, "T, and 1 with option 1"),
+            Constant("queries per client and round", queries, "(Q + 1) T, and Q + 1 with option 1, repeats, safeguard"),
+            Constant("numbers up per client and round", self.vectors * setting.dim + checks, "vectors, safeguard"),
+        )
+        return tuple(cost for cost in costs if cost.value)
+
     def estimate(self, f: Oracle, x: torch.Tensor, rng: Draws, purpose: str, mask: Mask) -> torch.Tensor:
         """Return the local gradient estimates `[rows, dim]`."""
         return self.estimator(f, x, rng, purpose, mask)
@@ -184,8 +219,8 @@ class FedZO(Averaging):
         clip: keep iterates inside the problem's box. safeguard: keep the old point where clients' values are not lower
             at the new one, at two counted queries and two numbers per client.
         repeat_query: ask for the round's starting point once more and use the answer for nothing, as the code does.
-        preset: reference_code sets what was left at its default to what the FZooS authors' code does: orthonormal
-            directions, no clipping, safeguard, repeated query.
+        preset: reference_code sets what is not given to what the FZooS authors' code does: orthonormal directions, no
+            clipping, safeguard, repeated query.
 
     Queries per client and round: `T (Q + 1)`. Numbers up and down: dim each, one exchange.
 
@@ -233,6 +268,16 @@ class Controlled(Averaging):
 
     option: Literal[1, 2] = 2
     gamma: Weight = 1.0
+
+    @property
+    def estimates(self) -> int:
+        """Gradient estimates of one client in one round, from the second on."""
+        return self.local_steps + (self.option == 1)
+
+    @property
+    def vectors(self) -> int:
+        """A point and a control variate."""
+        return 2
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> ControlState:
         """Start with control variates of 0."""

@@ -22,6 +22,7 @@ from fedsim.surrogate.kernels import Kernel, Name
 from fedsim.surrogate.length_scale import STEPS, best
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=1e-50, le=1e50)]  # its fourth power is a number, too
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Some = Annotated[int, Field(ge=0)]
@@ -82,12 +83,12 @@ class FZooS(Federated):
             which the clients do not share, a scale of 1).
         initial: points asked around the start, besides the start. candidates, active, radius: as above; the radius is
             of each coordinate. server_candidates, server_active: around the new point, within half the client's mean
-            drift; with server_active 0 both uploads travel together. selection: trace (of the gradient's
-            covariance), or random.
+            drift (within radius, if there is none: a client alone); with server_active 0 both uploads travel together.
+            selection: trace (of the gradient's covariance), or random.
         participants, weights, clip, safeguard, repeat_query: as in fedzo.
-        preset: reference_code sets what was left at its default to what the authors' code does: Matern-5/2 with a
-            length scale fitted at each call, features of an SE kernel of length scale 1 without noise, random
-            selection, no clipping, safeguard, x asked again when a round starts.
+        preset: reference_code sets what is not given to what the authors' code does: Matern-5/2 with a length scale
+            fitted at each call, features of an SE kernel of length scale 1 without noise, random selection, no
+            clipping, safeguard, x asked again when a round starts.
 
     Queries per client: `initial + 1` once, then `T + active (T - 1) + 1 + server_active` per round (6 T + 46). Numbers
     up and down per client and round: dim + M (and 16 with `length_scale: fit`), in two exchanges. A client that missed
@@ -123,7 +124,7 @@ class FZooS(Federated):
     gamma: Weight | Literal["1/t", "theory", "learned"] = "1/t"
     heterogeneity: Positive | None = None
     kernel: Name = "se"
-    length_scale: Positive | Literal["fit", "fit_each_call"] = "fit"
+    length_scale: Scale | Literal["fit", "fit_each_call"] = "fit"
     noise: Positive = 1e-6
     noise_level: Weight = 0.0
     window: Count | None = 150
@@ -131,7 +132,7 @@ class FZooS(Federated):
     memory: Count | None = None
     features: Count = 10_000
     feature_kernel: Name | None = None
-    feature_scale: Positive | None = None
+    feature_scale: Scale | None = None
     feature_noise: Weight | None = None
     initial: Some = 10
     candidates: Count = 100
@@ -183,10 +184,12 @@ class FZooS(Federated):
         centre = x.double().expand(rows, -1)
         design = self._around(centre, self.radius, rng.uniform("initial", self.initial * dim), f)
         clients.ask(design if self.repeat_query else torch.cat([centre[:, None], design], dim=1))
-        scale = torch.full((rows,), 1.0 if isinstance(self.length_scale, str) else self.length_scale).double()
+        scale = torch.ones(rows, dtype=torch.float64)
         if self.length_scale == "fit":
             joint = await Mean(self._likelihoods(clients, centre), self.weight(f))
-            scale = torch.full((rows,), best(joint[0], dim)).double()
+            scale = torch.full_like(scale, best(joint[0], dim))
+        elif not isinstance(self.length_scale, str):
+            scale = torch.full_like(scale, self.length_scale)
         seed = torch.tensor([int(rng.shared("features").integers(2**62))])
         nothing = torch.zeros((rows, self.features), dtype=torch.float64)
         return FZooSState(
@@ -274,7 +277,7 @@ class FZooS(Federated):
             return 1.0 / (t + 1)
         if self.gamma == "theory":
             assert self.heterogeneity is not None
-            return theory_length(history, x, self.heterogeneity, self.noise, self.features)
+            return theory_length(history, x, self.heterogeneity, s.counts.shape[1], self.features)
         if self.gamma == "learned":
             assert s.own is not None
             everybody = c + self._features(s, len(x)).gradient(x, float(s.wide[row]), s.own[row])
@@ -315,6 +318,7 @@ class FZooS(Federated):
         """Ask the server's point, and points around it within half of the client's mean drift."""
         centre = new.double().expand(len(x), -1)
         drift = 0.5 * (centre - x).abs().mean(dim=1)[:, None]
+        drift = torch.where(drift > 0.0, drift, self.radius)  # one client alone is where the server is
         near = self._chosen(centre, drift, "server candidates", clients, f, rng)
         clients.ask(torch.cat([centre[:, None], near], dim=1))
 
@@ -346,7 +350,9 @@ class FZooS(Federated):
         def weights(row: int, history: History) -> torch.Tensor:
             points, values, spread, noise = history.normalised(centre[row], self.feature_window)
             noise = noise if self.feature_noise is None else self.feature_noise
-            return phi.weights(points, values, float(wide[row]), noise) * spread
+            own, raised = phi.weights(points, values, float(wide[row]), noise)
+            history.raised += raised
+            return own * spread
 
         return clients.per_row(weights, s.delta).to(s.x.dtype), wide
 

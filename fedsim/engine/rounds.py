@@ -52,7 +52,8 @@ class Rounds:
 
     Attributes:
         spent: the count whose bound ended the run. The state is that of the last round within it; of the round that
-            would pass it only function values, which have been asked for, stay counted.
+            would pass it only function values, which have been asked for, stay counted (and what was sent before the
+            last of them, as far as other bounds allow).
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class Rounds:
                     ]
                 )
             except Spent:
+                if before:
+                    self._over(*before)
                 self.spent = "epsilon" if self.guard and self.guard.refusal else "queries"
                 break
             if before and self._over(*before):
@@ -247,19 +250,24 @@ class Rounds:
                 new[name] = None if value is None else self._restored(block, name, value[rows] if is_rows else value)
             self._states[block] = replace(self._states[block], **new)
 
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """How many function values every node has asked for, int64 `[n]` by node number."""
+        return self._oracles[0].queries.asked
+
     def query_log(self) -> dict[str, NDArray] | None:
         """Return what the nodes of this rank asked of black boxes (see `Queries.columns`); None: nobody asked."""
-        if not self._oracles[0].queries.asked.any():
+        if not self.asked.any():
             return None
         parts = [oracle.queries.columns() for oracle in self._oracles]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def _saved_queries(self) -> dict[str, NDArray]:
-        if not self._oracles[0].queries.asked.any():
+        if not self.asked.any():
             return {}
         parts = [oracle.queries.save() for oracle in self._oracles]
         whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return {**whole, "query.asked": self._oracles[0].queries.asked[None]}
+        return {**whole, "query.asked": self.asked[None]}
 
     def _restored(self, block: int, name: str, value: NDArray) -> Any:
         before = getattr(self._states[block], name)
@@ -315,13 +323,14 @@ class Rounds:
         for state, oracle in zip(self._states, self._oracles, strict=True):
             for name, is_rows in _fields(type(state)).items():
                 value = getattr(state, name)
-                if is_rows and value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
-                    bad = ~value.reshape(len(value), -1).isfinite().all(dim=1)
-                    node = int(oracle.nodes[int(bad.nonzero()[0, 0])])
-                    raise Diverged(
-                        f"{name} of node {node} is no longer finite after round {self._round}: the run diverges."
-                        " Likely a step size too large for this problem's L"
-                    )
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all()):
+                    continue
+                bad = ~value.reshape(len(value), -1).isfinite().all(dim=1)
+                whose = f" of node {int(oracle.nodes[int(bad.nonzero()[0, 0])])}" if is_rows else ""
+                raise Diverged(
+                    f"{name}{whose} is no longer finite after round {self._round}: the run diverges."
+                    " Likely a step size too large for this problem's L"
+                )
 
 
 @cache

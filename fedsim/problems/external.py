@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -25,6 +31,7 @@ from fedsim.problems.problem import Nodes
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Evaluate = Callable[[NDArray[np.float64], int], float]
+SHOWN = 10  # coordinates of a point in an error
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class FunctionParameters:
     """Your function `f(x, node) -> float`, x float64 `[dim]` in your own units.
 
     Attributes:
-        function: `package.module:name`, or `file.py:name` beside the scenario.
+        function: `file.py:name` beside the scenario, or `package.module:name`, beside it or installed.
         dim: length of x. lower, upper: the box, one number for all coordinates or a list `[dim]`.
         start: where to start, in your units; default: the middle of the box.
         workers: processes that evaluate side by side; 1: in this one.
@@ -54,10 +61,15 @@ class FunctionParameters:
             raise InputError(
                 f"problem.function: {self.function!r} given; package.module:name or file.py:name is needed"
             )
-        found = _function(self.function, str(base))
+        try:
+            found = registry.find("problem", self.function, base)
+        except InputError as error:
+            raise InputError(f"problem.function: {str(error).removeprefix('problem.kind: ')}") from error.__cause__
         if not callable(found):
             raise InputError(f"problem.function: {self.function} is no function")
-        return OwnBlackBox(self, n, partial(_call, self.function, str(base)), processes=True)
+        if self.workers == 1:
+            return OwnBlackBox(self, n, partial(_call, found, self.function), processes=False)
+        return OwnBlackBox(self, n, partial(_call_in_worker, self.function, str(base)), processes=True)
 
 
 @dataclass(frozen=True)
@@ -130,11 +142,19 @@ class OwnBlackBox(BlackBox):
         """Return what the user's code answers `[rows, count]`, side by side where that was asked for."""
         real = self._low + (self._high - self._low) * points.double().clamp(0.0, 1.0).numpy()
         tasks = [(x, int(node)) for row, node in zip(real, nodes, strict=True) for x in row]
-        if self._p.workers == 1:
-            answers = [self._evaluate(*task) for task in tasks]
-        else:
-            answers = list(self._workers().map(self._evaluate, *zip(*tasks, strict=True)))
+        answers = self._side_by_side(tasks) if self._p.workers > 1 else [self._evaluate(*task) for task in tasks]
         return torch.tensor(answers, dtype=torch.float64).view(points.shape[:2])
+
+    def _side_by_side(self, tasks: list[tuple[NDArray[np.float64], int]]) -> list[float]:
+        if not tasks:
+            return []
+        try:
+            with _without_main():
+                answers = self._workers().map(self._evaluate, *zip(*tasks, strict=True))
+            return list(answers)
+        except BrokenExecutor:
+            self._pool = None
+            raise RunError("a process that evaluates problem.function ended before it answered") from None
 
     def evaluate(self, points: torch.Tensor, node: int) -> torch.Tensor:
         """Return `f_node` `[count]`."""
@@ -161,18 +181,45 @@ class OwnBlackBox(BlackBox):
         return {**named, "lower": self._p.lower, "upper": self._p.upper}
 
 
-@lru_cache(maxsize=16)
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the user's script while processes are started: they need none of it, and would run it once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@lru_cache(maxsize=1)
 def _function(path: str, base: str) -> Any:
     return registry.find("problem", path, Path(base))
 
 
-def _call(path: str, base: str, x: NDArray[np.float64], node: int) -> float:
-    """Evaluate a user's function in this process or a worker's."""
-    answer = _function(path, base)(x.copy(), node)
+def _call_in_worker(path: str, base: str, x: NDArray[np.float64], node: int) -> float:
+    """Evaluate a user's function in a process that has to find it first."""
+    return _call(_function(path, base), path, x, node)
+
+
+def _call(function: Any, path: str, x: NDArray[np.float64], node: int) -> float:
+    """Evaluate a user's function."""
+    try:
+        answer = function(x.copy(), node)
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = traceback.format_exception_only(error)[-1].strip()
+        raise RunError(f"{path} raised {what} ({place.filename}, line {place.lineno}) for {_asked(x, node)}") from error
     try:
         return _finite(float(answer))
     except (TypeError, ValueError):
-        raise RunError(f"{path} returned {answer!r} for client {node}; a finite number is needed") from None
+        raise RunError(f"{path} returned {answer!r} for {_asked(x, node)}; a finite number is needed") from None
+
+
+def _asked(x: NDArray[np.float64], node: int) -> str:
+    """Return the client and the point for an error, a long point by its beginning."""
+    shown = ", ".join(f"{v!r}" for v in x[:SHOWN].tolist())
+    return f"client {node} at x = [{shown}{', ...' if len(x) > SHOWN else ''}]"
 
 
 def _run(words: tuple[str, ...], folder: str, timeout: float, retries: int, x: NDArray[np.float64], node: int) -> float:
@@ -181,22 +228,43 @@ def _run(words: tuple[str, ...], folder: str, timeout: float, retries: int, x: N
     text, said = "".join(f"{v!r}\n" for v in x.tolist()), ""
     for _ in range(retries + 1):
         try:
-            done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout, cwd=folder)
+            code, out, err = _output(command, text, timeout, folder)
         except subprocess.TimeoutExpired:
             said = f"gave no answer within {timeout:g} seconds"
             continue
         except OSError as error:
             raise RunError(f"{shlex.join(command)}: cannot be started: {error}") from None
-        if done.returncode:
-            said = f"ended with exit code {done.returncode}: {done.stderr.strip()[-500:] or 'it said nothing'}"
+        if code:
+            ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            said = f"{ended}: {err.strip()[-500:] or 'it said nothing'}"
             continue
-        last = (done.stdout.strip().splitlines() or [""])[-1]
+        last = (out.strip().splitlines() or [""])[-1]
         try:
             return _finite(float(last))
         except ValueError:
-            said = f"printed {last!r} as its last line; a finite number is needed"
+            said = f"printed {last[-500:]!r} as its last line; a finite number is needed"
     tries = f" ({retries + 1} times)" if retries else ""
-    raise RunError(f"{shlex.join(command)}: {said}{tries}")
+    raise RunError(f"{shlex.join(command)}: {said}{tries}, for {_asked(x, node)}")
+
+
+def _output(command: list[str], text: str, timeout: float, folder: str) -> tuple[int, str, str]:
+    """Return exit code, output and errors of a command, in a session of its own so that all it started ends with it.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer; it and its children are ended.
+        OSError: it cannot be started.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(text, timeout)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, out, err
 
 
 def _finite(value: float) -> float:

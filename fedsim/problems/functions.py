@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from fedsim.errors import InputError
 from fedsim.problems.black_box import BlackBox, Noise
 from fedsim.problems.data.draws import generator
 from fedsim.problems.parameters import Seed
@@ -101,15 +102,16 @@ def rastrigin(u: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Standard:
-    """A test function, its customary box, and every coordinate of its minimiser."""
+    """A test function, its customary box, every coordinate of its minimiser, and the fewest there are."""
 
     function: Callable[[torch.Tensor], torch.Tensor]
     box: tuple[float, float]
     best: float
+    least: int = 1
 
 
 STANDARD = {
-    "rosenbrock": Standard(rosenbrock, (-5.0, 10.0), 1.0),
+    "rosenbrock": Standard(rosenbrock, (-5.0, 10.0), 1.0, least=2),
     "ackley": Standard(ackley, (-32.768, 32.768), 0.0),
     "levy": Standard(levy, (-10.0, 10.0), 1.0),
     "rastrigin": Standard(rastrigin, (-5.12, 5.12), 0.0),
@@ -121,23 +123,33 @@ class TestFunctionParameters:
     """A standard test function on its customary box, shifted and rotated per client.
 
     Attributes:
-        function: rosenbrock, ackley, levy or rastrigin. dim: at least 2.
+        function: rosenbrock, ackley, levy or rastrigin. dim: at least 1, for rosenbrock 2.
         shift: standard deviation of the clients' shifts, in units of the box's half width.
-        rotate: turn every client's function around its minimiser, by reflections of its own.
+        rotate: turn every client's function around its minimiser, by 8 reflections of its own: an arbitrary rotation in
+            up to 8 dimensions, in more one of a random subspace of 8.
         noise: standard deviation of every query.
     """
 
     __test__: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     function: Literal["rosenbrock", "ackley", "levy", "rastrigin"]
-    dim: Annotated[int, Field(ge=2)] = 20
+    dim: Count = 20
     shift: Weight = 0.05
     rotate: bool = True
     noise: Noise = 0.0
     seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> ShiftedFunction:
-        """Return the problem for n clients."""
+        """Return the problem for n clients.
+
+        Raises:
+            InputError: fewer coordinates than the function's terms join.
+        """
+        if self.dim < STANDARD[self.function].least:
+            raise InputError(
+                f"problem.dim: {self.dim} given; {self.function} joins neighbouring coordinates and needs"
+                f" {STANDARD[self.function].least}"
+            )
         return ShiftedFunction(self, n, seed if self.seed is None else self.seed)
 
 

@@ -38,23 +38,28 @@ class Features:
         angles = (self.directions @ x).div_(scale).add_(self.phases)
         return (angles.sin_().mul_(weights) @ self.directions).mul_(-self.amplitude / scale)
 
-    def weights(self, points: torch.Tensor, values: torch.Tensor, scale: float, noise: float) -> torch.Tensor:
-        """Return `Phi (Phi' Phi + noise I)^-1 values` `[M]` of one client (the dual form; n points, n < M).
+    def weights(
+        self, points: torch.Tensor, values: torch.Tensor, scale: float, noise: float
+    ) -> tuple[torch.Tensor, int]:
+        """Return `Phi (Phi' Phi + noise I)^-1 values` `[M]` of one client, and how often the noise grew tenfold.
 
-        With noise 0 and points that coincide the least squares of smallest norm.
+        The dual form: n points, n < M. With noise 0 and points that coincide the least squares of smallest norm. Points
+        that are not finite give weights that are not.
         """
         phi = self(points, scale)
-        gram = _lower_gram(phi)
+        gram, raised = _lower_gram(phi), 0
+        if not bool(gram.diagonal().isfinite().all()):
+            return torch.full_like(self.phases, math.nan), raised
         while True:
             gram.diagonal().add_(noise)
             factor, info = torch.linalg.cholesky_ex(gram)
             if int(info) == 0:
-                return torch.cholesky_solve(values[:, None], factor)[:, 0] @ phi
+                return torch.cholesky_solve(values[:, None], factor)[:, 0] @ phi, raised
             if noise == 0.0:
                 whole = gram.tril() + gram.tril(-1).T
-                return torch.linalg.lstsq(whole, values[:, None], driver="gelsd").solution[:, 0] @ phi
+                return torch.linalg.lstsq(whole, values[:, None], driver="gelsd").solution[:, 0] @ phi, raised
             gram.diagonal().sub_(noise)
-            noise *= 10.0
+            noise, raised = 10.0 * noise, raised + 1
 
 
 def _lower_gram(phi: torch.Tensor) -> torch.Tensor:

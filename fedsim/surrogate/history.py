@@ -19,7 +19,7 @@ class History:
 
     Attributes:
         kernel: of the surrogate; set it before the first gradient. raised: how often the noise had to grow tenfold.
-        spread: range of the values in the window of the last gradient.
+        spread: range of the values in the window of the last gradient. noise: variance of their noise once normalised.
     """
 
     def __init__(
@@ -37,6 +37,14 @@ class History:
         self._window, self._noise, self._level = window, noise, noise_level
         self._posterior: Posterior | None = None
         self._chosen, self.spread = torch.empty(0, dtype=torch.int64), 0.0
+
+    @property
+    def noise(self) -> float:
+        """Variance of the noise of normalised values."""
+        return self._noise_of(self.spread)
+
+    def _noise_of(self, spread: float) -> float:
+        return self._noise + (self._level / (spread or 1.0)) ** 2
 
     def add(self, points: torch.Tensor, values: torch.Tensor) -> None:
         """Append queries `[k, dim]` and their answers `[k]`."""
@@ -81,8 +89,7 @@ class History:
         values, low, spread = self._normalised(chosen)
         if spread == 0.0:
             return torch.zeros(STEPS, dtype=torch.float64)
-        noise = self._noise + (self._level / spread) ** 2
-        return likelihoods(name, self.points[chosen], (values - low) / spread, noise)
+        return likelihoods(name, self.points[chosen], (values - low) / spread, self._noise_of(spread))
 
     def fit(self, name: Name, x: torch.Tensor) -> None:
         """Set this client's own length scale by the window around x."""
@@ -92,11 +99,12 @@ class History:
         """Return points, values in [0, 1], their spread and their noise for the `count` queries nearest to x."""
         chosen = self.nearest(x, count)
         values, low, spread = self._normalised(chosen)
-        noise = self._noise + (self._level / (spread or 1.0)) ** 2
-        return self.points[chosen], (values - low) / (spread or 1.0), spread, noise
+        return self.points[chosen], (values - low) / (spread or 1.0), spread, self._noise_of(spread)
 
     def _normalised(self, chosen: torch.Tensor) -> tuple[torch.Tensor, float, float]:
         values = self.values[: self.count] if len(chosen) == self.count else self.values[chosen]
+        if not len(values):
+            return values, 0.0, 0.0
         low, high = (float(v) for v in values.aminmax())
         return values, low, high - low
 
@@ -107,7 +115,7 @@ class History:
             grew = len(chosen) >= len(old) and torch.equal(chosen[: len(old)], old)
             known = len(old) if grew and (level == 0.0 or spread == self.spread) else 0
         if self._posterior is None or not known:
-            self._posterior = Posterior(self.kernel, self._noise + (level / spread) ** 2)
+            self._posterior = Posterior(self.kernel, self._noise_of(spread))
         before = self._posterior.raised
         points = self.points[: self.count] if len(chosen) == self.count else self.points[chosen]
         self._posterior.condition(points, x, known)

@@ -53,7 +53,7 @@ class Posterior:
         while True:
             k.fill_diagonal_(1.0 + self.noise)
             factor, info = torch.linalg.cholesky_ex(k)
-            if int(info) == 0 or self.noise >= LARGEST_NOISE:
+            if int(info) == 0 or not self.noise < LARGEST_NOISE:  # nor where it is no number
                 return factor
             self.noise *= 10.0
             self.raised += 1
