@@ -124,7 +124,7 @@ class MoETraining(Balancing, SyncAlgorithm):
                 f"algorithm.bias_rule: {self.bias_rule} given, but training knows none, {', '.join(rules.BY_LOADS)};"
                 " an auxiliary loss is aux_loss_coeff with bias_rule none; router_replay plays the others"
             )
-        rules.refuse_senseless(self, problem.p.score_func)
+        rules.refuse_senseless(self)
         end = self.learning_rate_end
         if end is not None and (end > self.learning_rate or setting.rounds <= self.warmup):
             raise InputError(

@@ -107,7 +107,7 @@ class RouterReplay(Balancing, SyncAlgorithm):
         problem = getattr(setting, "problem", None)
         if not isinstance(problem, RouterScores):
             raise InputError(f"router_replay plays problem 'router_scores', not {getattr(problem, 'kind', '?')!r}")
-        rules.refuse_senseless(self, problem.p.score_func)
+        rules.refuse_senseless(self)
         if self.bias_rule == "expert_choice" and (self.capacity_factor is not None or problem.limited_groups):
             raise InputError(
                 "algorithm.bias_rule: expert_choice fills every expert to its capacity from all tokens; leave"
