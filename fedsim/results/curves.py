@@ -66,7 +66,8 @@ def edge_notes(result: Result | StudyResult) -> list[str]:
 def common_goal(runs: Sequence[Result], metric: str) -> float | None:
     """Return the smallest power of ten that every run ends at or below, or None where a run starts there already."""
     worst = max(float(run.metrics[metric].iloc[-1]) for run in runs)
-    start = min(float(run.metrics[metric].iloc[0]) for run in runs)
+    first = [run.metrics[metric].first_valid_index() for run in runs]  # a metric may have no value at the start
+    start = min(float(run.metrics[metric].iloc[place or 0]) for run, place in zip(runs, first, strict=True))
     if not (np.isfinite(worst) and 0 < worst < start):
         return None
     level = 10.0 ** np.ceil(np.log10(worst))
