@@ -1,5 +1,6 @@
 """Expert-parallel training against a dense model in one place: gradients, loads, biases, accumulation, resume."""
 
+import hashlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -438,7 +439,9 @@ def test_corpora(tmp_path):
 
     from fedsim.moe import corpus
 
-    assert len(corpus.load("python_docs", tmp_path)) > 100_000
+    text = corpus.load("python_docs", tmp_path)
+    assert len(text) > 100_000
+    assert made().facts()["sha256"] == hashlib.sha256(text.tobytes()).hexdigest()
     (tmp_path / "b.txt").write_bytes(b"second")
     (tmp_path / "a.txt").write_bytes(b"first")
     with tarfile.open(tmp_path / "texts.tgz", "w:gz") as tar:

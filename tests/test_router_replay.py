@@ -1,5 +1,7 @@
 """Router replay as a scenario: golden loads over hosts, metrics, recordings, workloads, refusals."""
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -373,6 +375,14 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
     ]:
         with pytest.raises(InputError, match=words):
             recorded(tmp_path / name)
+
+
+def test_runs_say_which_file_they_played(tmp_path):
+    """`run.json` holds the hash of the recording."""
+    np.save(tmp_path / "s.npy", np.random.default_rng(0).random((20, 4)))
+    play(tmp_path / "out", 1, {}, {"kind": "router_scores", "file": str(tmp_path / "s.npy")})
+    wanted = hashlib.sha256((tmp_path / "s.npy").read_bytes()).hexdigest()
+    assert fedsim.load(tmp_path / "out").facts["problem"]["sha256"] == wanted
 
 
 def test_tokens_of_a_table_stand_in_their_order(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +86,7 @@ class RouterScores(Problem):
     kind = "router_scores"
 
     def __init__(self, p: RouterScoresParameters, n: int, seed: int, base: Path) -> None:
-        self.p, self.n, self._seed = p, n, seed
+        self.p, self.n, self._seed, self._base = p, n, seed, base
         self._recorded = None if p.file is None else recorded(base / p.file)
         self.steps, self.layers, self.tokens, self.experts = self._sizes()
         self.top_k, self.groups = p.moe_top_k, p.num_expert_groups
@@ -217,12 +218,15 @@ class RouterScores(Problem):
         raise Unsupported("problem 'router_scores' has no loss; algorithm router_replay records maxvio and gap")
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes, source and the sampling floor."""
+        """Return sizes, source (with the hash of a file) and the sampling floor."""
         from fedsim.moe.theory import sampling_floor
 
         floor = sampling_floor(self.tokens, self.experts, self.top_k)
         names = {"tokens": self.tokens, "experts": self.experts, "top_k": self.top_k, "layers": self.layers}
-        return {**names, "source": self.p.file or self.p.workload, "maxvio_floor": floor}
+        source: dict[str, Any] = {"source": self.p.file or self.p.workload}
+        if self.p.file is not None:
+            source["sha256"] = hashlib.sha256((self._base / self.p.file).read_bytes()).hexdigest()
+        return {**names, **source, "maxvio_floor": floor}
 
     def _made(self, step: int, fresh: np.random.Generator | None) -> Batch:
         if self._recorded is not None:
