@@ -78,8 +78,8 @@ def test_every_stream_reports_the_gap(tmp_path, problem):
 
 
 def test_large_streams_say_that_they_leave_the_gap_out():
-    """Above 2^18 scores in every step the oracle is asked for by name; `check` says so."""
-    problem = {**SCORES, "tokens": 2**15 + 1, "fresh": True}
+    """Above 2^17 scores in every step the oracle is asked for by name; `check` says so."""
+    problem = {**SCORES, "tokens": 2**14 + 1, "fresh": True}
     scenario = {"topology": {"kind": "server", "n": 2}, "problem": problem, "schedule": {"horizon": 1}}
     for oracle, said in (("auto", True), ("each", False), ("none", False)):
         (found,) = check({**scenario, "algorithm": {"kind": "router_replay", "oracle": oracle}})

@@ -21,7 +21,7 @@ from fedsim.moe.rules import Balancing
 from fedsim.moe.view import View
 from fedsim.problems.router_scores import Batch, RouterScores
 
-EVERY_BATCH = 2**18  # scores of a batch up to which `oracle: auto` finds the optimum of every one: 0.1 s
+EVERY_BATCH = 2**17  # scores of a batch up to which `oracle: auto` finds the optimum of every one: some 0.1 s
 
 
 @dataclass
@@ -82,7 +82,7 @@ class RouterReplay(Balancing, SyncAlgorithm):
     Attributes:
         capacity_factor, drop_policy: keep the highest scores (probs) or the first come (position).
         oracle: exact optimum of every batch (each), or none; auto leaves it out where every batch is another one and
-            has more than 2^18 scores in all layers.
+            has more than 2^17 scores in all layers.
         regret: also route with the best fixed bias and record the regret, the sum of D(p; batch) - D(p*; batch).
         comparator: p* by layer and expert (default: what balances a large sample of the stream's law).
 
@@ -142,9 +142,8 @@ class RouterReplay(Balancing, SyncAlgorithm):
             return tuple(found)
         smallest = min(bend.smallest for _, bend in s.bends)
         spread = max(float(np.ptp(prices)) for prices, _ in s.bends)
-        formula = f"u of prop ({self.error_unit} errors) below 2 sin(pi/(2(2d+1))) K/(E lambda_max) is stable"
-        if self.error_unit != "relative":
-            formula += ", times " + {"fraction": "E/K", "tokens": "1/L"}[self.error_unit]
+        unit = {"relative": "K/(E lambda_max)", "fraction": "1/lambda_max", "tokens": "1/(T lambda_max)"}
+        formula = f"{self.error_unit} u below 2 sin(pi/(2(2d+1))) {unit[self.error_unit]} is stable"
         found += [
             Constant("lambda_2", smallest, "smallest positive eigenvalue of the tie-density Laplacian (estimate)"),
             Constant("lambda_max", self._largest, "its largest eigenvalue (estimate)"),

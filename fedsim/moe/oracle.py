@@ -46,7 +46,7 @@ def dual_value(biased: float, bias: Floats, tokens: int, top_k: int) -> float:
     return float(biased - low * bias.sum() - np.sort(bias)[:extra].sum())
 
 
-def exact_assignment(scores: NDArray, top_k: int, rounds: int = 50) -> Assignment:
+def exact_assignment(scores: NDArray, top_k: int, rounds: int = 200) -> Assignment:
     """Return the assignment of largest total score with balanced loads.
 
     Args:

@@ -114,6 +114,7 @@ def _regret(axis: Axes, runs: list[Result]) -> None:
         axis.plot(
             steps[first:], predicted(law, steps[first:], middle[first]), "--", color=COLOURS[1], label="predicted"
         )
+    axis.set_ylabel("regret")
     axis.set_xscale("log")
     axis.grid(True, alpha=0.25, linewidth=0.6)
 
