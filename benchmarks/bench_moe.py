@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.algorithms.router_replay import RouterReplay
+from fedsim.engine.layout import Layout
 from fedsim.engine.machine import prepare
+from fedsim.engine.rounds import Rounds
 from fedsim.moe.oracle import exact_assignment
 from fedsim.moe.selection import select
+from fedsim.problems.build import build
+from fedsim.setting import RunSetting
+from fedsim.topology.topology import Topology
 
 prepare()
 
@@ -24,9 +30,21 @@ def _scores(tokens: int, experts: int) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
-@pytest.mark.parametrize("how", ["fedsim", "torch.topk and histogram"])
+def _rounds():
+    """Return what plays one more round of a replay of `_scores(65_536, 256)` on four hosts, without the optimum."""
+    topology = Topology.server(4)
+    sizes = {"tokens": 65_536, "moe_num_experts": 256, "moe_top_k": 8, "seed": 0}
+    problem = build({"kind": "router_scores", **sizes}, 4, 0, Path())
+    algorithm = RouterReplay(oracle="none").resolve(RunSetting(problem, topology))
+    start = torch.zeros(4, problem.dim, dtype=torch.float64)
+    player = Rounds(algorithm, problem, Layout(topology), {}, start, seed=0, block="auto")
+    player.start()
+    return lambda: player.advance(round(player.now) + 1)
+
+
+@pytest.mark.parametrize("how", ["selection", "a whole round", "torch.topk and histogram"])
 def bench_replay_step(benchmark, how):
-    """T = 65,536, E = 256, K = 8: selection, loads, score and dual sums, against topk and one histogram."""
+    """T = 65,536, E = 256, K = 8: selection with loads and sums, and a round of a replay, beside topk and histogram."""
     benchmark.group = "routing T=65536 E=256 K=8"
     scores = _scores(65_536, 256)
     bias, tensor = np.linspace(0.2, -0.2, 256), torch.from_numpy(scores)
@@ -38,7 +56,8 @@ def bench_replay_step(benchmark, how):
 
     ours = select(scores, bias, 8).loads
     assert (torch.from_numpy(ours) == plain()).all()
-    benchmark.pedantic((lambda: select(scores, bias, 8)) if how == "fedsim" else plain, rounds=5, warmup_rounds=1)
+    played = plain if how == "torch.topk and histogram" else lambda: select(scores, bias, 8)
+    benchmark.pedantic(_rounds() if how == "a whole round" else played, rounds=5, warmup_rounds=1)
 
 
 def bench_exact_assignment(benchmark):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedsim.engine.sums import total
@@ -38,12 +38,12 @@ class Observer:
         layout: Layout,
         names: Sequence[str] | None = None,
         step: float | None = None,
-        own: dict[str, Callable[[torch.Tensor], float]] | None = None,
+        own: Mapping[str, Callable[[torch.Tensor], float | None]] | None = None,
     ) -> None:
         self._problem, self._layout = problem, layout
         self._optimum = problem.optimum()
         extra = problem.metrics() if own is None else own
-        self._extra: dict[str, Callable[[torch.Tensor], float]] = extra
+        self._extra: Mapping[str, Callable[[torch.Tensor], float | None]] = extra
         self._local = {} if own is not None else problem.local_metrics()
         default = [m for m in ("distance", "consensus", "loss") if m != "distance" or self._optimum is not None]
         default = default if own is None else []
@@ -58,12 +58,12 @@ class Observer:
         """What a reader of the metrics must know beside them: the step of the mapping in `stationarity`."""
         return {"stationarity_step": self._step} if "stationarity" in self.names and self._step is not None else {}
 
-    def __call__(self, x: torch.Tensor) -> dict[str, float]:
-        """Return the metrics by name, in the order asked for."""
+    def __call__(self, x: torch.Tensor) -> dict[str, float | None]:
+        """Return the metrics by name, in the order asked for; None where one has no value yet."""
         mean = self._mean(x)
         return {name: self._metric(name, x, mean) for name in self.names}
 
-    def _metric(self, name: str, x: torch.Tensor, mean: torch.Tensor) -> float:
+    def _metric(self, name: str, x: torch.Tensor, mean: torch.Tensor) -> float | None:
         if name == "distance":
             assert self._optimum is not None
             return self._mean_square(x - self._optimum)
@@ -77,7 +77,8 @@ class Observer:
         if name.partition(".")[0] in self._local:
             family, _, node = name.partition(".")
             return self._local_metric(family, node, x)
-        return float(self._extra[name](mean))
+        value = self._extra[name](mean)
+        return None if value is None else float(value)
 
     def _local_metric(self, name: str, node: str, x: torch.Tensor) -> float:
         """Return the mean over nodes of a metric of their own models, or that of one node."""

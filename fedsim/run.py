@@ -355,6 +355,8 @@ def _stop(conditions: dict[str, float] | None, row: dict[str, Any]) -> str | Non
             continue  # kept by the guard, which refuses the release that would pass it
         key = {"seconds": "wall_seconds"}.get(name, name)
         at_least = key in _COUNTS or key in HIGHER_IS_BETTER
+        if row[key] is None:
+            continue  # a metric without a value yet
         if row[key] >= bound if at_least else row[key] <= bound:
             return f"{name} {'>=' if at_least else '<='} {bound:g}"
     return None

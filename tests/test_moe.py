@@ -124,6 +124,14 @@ def test_golden_loads_and_gaps(rule, n, loads, gap, centred):
     assert dual_value(found.biased, bias, 512, 2) - OPT_SMALL == pytest.approx(gap, abs=2e-6)
 
 
+def test_multiplicative_biases_are_not_centred():
+    """A constant added to p changes the order of gamma (1 + p): centred or not, steps are u times the sign."""
+    rule, p = Balancing("mult", 0.1), torch.zeros(1, 1, 3, dtype=torch.float64)
+    assert rule.center_bias
+    new, _ = updated(rule, p, p, torch.tensor([[[1, 1, 4]]]), 1, 1)
+    assert new[0, 0].tolist() == [0.1, 0.1, -0.1]
+
+
 def test_units_of_the_error_are_one_rule():
     """u per relative error is u/L per token and u E/K per fraction: the same loads at every step."""
     runs = [Balancing("prop", 0.1), Balancing("prop", 0.1 / 128, error_unit="tokens")]
@@ -293,6 +301,32 @@ def test_baselines_of_the_reference_table():
     assert rules.aux_loss(np.ones((16, 4)), np.full(4, 8), 2)[0] == 1.0
 
 
+def test_quantiles_where_every_token_goes_everywhere():
+    """K = E leaves nothing to choose: prices of quantiles and of the integer programme are 0, not infinite."""
+    assert rules.quantile_bias(SMALL, np.zeros(8), 8, 4).tolist() == [0.0] * 8
+    assert rules.integer_programme_bias(SMALL, 8, 4).tolist() == [0.0] * 8
+
+
+def loops_of_the_integer_programme(scores, top_k, rounds):
+    """Return BIP's prices, by sorting row by row and column by column."""
+    tokens, experts = scores.shape
+    q, place = [0.0] * experts, tokens * top_k // experts
+    for _ in range(rounds):
+        p = [max(0.0, sorted(row - q)[-top_k - 1]) for row in scores]
+        q = [max(0.0, sorted(scores[:, k] - p)[-place - 1]) for k in range(experts)]
+    return q
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_integer_programme_prices_for_every_score(score_func):
+    """BIP's prices are those of plain loops, and balance softmax scores, too."""
+    scores = to_scores(LOGITS[:61], score_func)
+    found = rules.integer_programme_bias(scores, 2, 5)
+    assert found == pytest.approx(-np.array(loops_of_the_integer_programme(scores, 2, 5)), abs=1e-15)
+    before, after = (select(scores, p, 2).loads.max() for p in (np.zeros(8), found))
+    assert after < 0.75 * before
+
+
 def test_the_first_come_are_kept_by_position():
     """Policy `position` keeps the earliest tokens of every expert, `probs` the highest scores."""
     experts, scores = np.array([[0], [0], [0], [1]]), np.array([[0.1, 0], [0.9, 0], [0.5, 0], [0, 1.0]])
@@ -460,6 +494,25 @@ def test_predictions_have_the_closed_forms():
     assert law("prop", "const", 0.05, "fraction").rate == pytest.approx(6.579e-3, rel=1e-3)
     assert law("sign", "const", 1e-3, "relative").rate == pytest.approx(2.507e-3, rel=1e-3)
     assert law("none", "const", 1e-3, "relative") is None
+    slow = law("sign", "inv_n", 0.01, "relative")  # mean sign: c = u sqrt(2 T / pi) / sqrt(q (1 - q)), c lambda = 0.255
+    assert slow.law == "N^power"
+    assert slow.power == pytest.approx(1 - 2 * 0.02 * math.sqrt(128 / math.pi) * 2)
+    assert law("sign", "inv_n", 0.1, "relative").rate == pytest.approx(0.3133 * 8 * 0.1, rel=1e-3)
+
+
+def test_constant_steps_settle_mode_by_mode():
+    """The rate of constant steps is a sum over eigenvalues; none from c lambda_E = 2 on, where nothing settles."""
+    modes, variances = np.array([1.0, 3.0]), np.array([0.4, 0.2667])
+    bend = theory.Curvature(1.0, 3.0, modes, variances, np.eye(3))
+    found = theory.predicted_regret("prop", "const", 0.5, "fraction", 64, 1, bend)
+    assert found is not None
+    assert found.rate == pytest.approx(0.5 / 4 * (0.4 / (1 - 0.25) + 0.2667 / (1 - 0.75)))
+    assert theory.predicted_regret("prop", "const", 0.67, "fraction", 64, 1, bend) is None
+
+
+def test_scores_that_all_tie_have_no_curvature():
+    """Saturated scores leave no gaps to count: eigenvalues 0, no error."""
+    assert theory.curvature(np.ones((64, 4)), np.zeros(4), 2).eigenvalues.tolist() == [0, 0, 0]
 
 
 def test_workloads_are_what_they_are_called():
@@ -487,7 +540,7 @@ def test_workloads_are_what_they_are_called():
 def test_senseless_keys_are_refused(keys, words):
     """Keys that a rule does not have are named."""
     with pytest.raises(InputError, match=words):
-        rules.refuse_senseless(Balancing(**keys), "sigmoid")
+        rules.refuse_senseless(Balancing(**keys))
 
 
 def test_frozen_delayed_and_capped_rules():

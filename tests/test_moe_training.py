@@ -1,5 +1,6 @@
 """Expert-parallel training against a dense model in one place: gradients, loads, biases, accumulation, resume."""
 
+import hashlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -135,21 +136,27 @@ def test_gates_do_not_see_the_bias():
     assert torch.equal(one.gates, scores.gather(1, one.experts))
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
-def test_auxiliary_and_z_losses_reach_the_router(scope):
-    """Their gradient equals that of the losses written out; f is not differentiated, its scope is kept."""
+def test_auxiliary_and_z_losses_reach_the_router(scope, accumulation):
+    """Their gradient equals that of the losses written out; f is not differentiated, its scope is kept.
+
+    The global batch's f is of all hosts in the step's micro-batches so far (Megatron's and arXiv 2501.11873's).
+    """
     problem = made()
-    algorithm = replace(PLAIN, aux_loss_coeff=0.3, aux_loss_scope=scope, z_loss_coeff=0.01)
+    parts = {"sequences": 3 // accumulation, "accumulation": accumulation}
+    algorithm = replace(PLAIN, aux_loss_coeff=0.3, aux_loss_scope=scope, z_loss_coeff=0.01, **parts)
     g, _, play = gradients(problem, algorithm)
     x = problem.initial.clone().requires_grad_()
     common, experts = problem.taken_apart(x)
     per_host, shape = texts(play, problem, algorithm), problem.shape
-    zero, total, seen = np.zeros((shape.layers, 8)), 0.0, []
-    for text in per_host:
-        loss, loads = model.dense_loss(shape, common, experts, zero, text)
-        total, seen = total + loss, [*seen, loads]
-    for host, text in enumerate(per_host):
-        loads = sum(seen) if scope == "global_batch" else seen[host]
+    zero, total, before = np.zeros((shape.layers, 8)), 0.0, 0
+    for host, micro in [(h, m) for m in range(accumulation) for h in range(problem.n)]:
+        texts_now = [text.split(algorithm.sequences)[micro] for text in per_host]
+        text, seen = texts_now[host], [model.dense_loss(shape, common, experts, zero, t)[1] for t in texts_now]
+        total = total + model.dense_loss(shape, common, experts, zero, text)[0]
+        loads = before + sum(seen) if scope == "global_batch" else seen[host]
+        before = before + (sum(seen) if host == problem.n - 1 else 0)
         y = model.embed(common, text[:, :-1])
         y, _ = model.before_experts(shape, common, 0, y)
         for layer in range(shape.layers):
@@ -161,7 +168,7 @@ def test_auxiliary_and_z_losses_reach_the_router(scope):
             parts = h[order // 2].split(gating.loads.tolist())
             back = torch.cat([model.feed_forward(w, p) for w, p in zip(experts[layer], parts, strict=True)])
             y = model.combined(y, gating.gates, order, back)
-    (total / problem.n).backward()
+    (total / problem.n / accumulation).backward()
     assert float((g - x.grad).abs().max()) < 1e-10
 
 
@@ -305,8 +312,9 @@ def test_dropping_bounds_what_an_expert_takes(policy):
     algorithm = replace(PLAIN, capacity_factor=0.5, drop_policy=policy, sequences=2)
     g, state, _ = gradients(problem, algorithm)
     assert torch.isfinite(g).all()
-    assert state["facts"][:, 1].sum() > 0
     assert state["own"].sum() == 4 * 2 * 12 * 2 * 2
+    assert state["sent"].sum() < state["own"].sum()
+    assert (state["sent"] <= np.minimum(state["own"], 3)).all()  # ceil(0.5 * 2 * 24 / 8)
     free = gradients(problem, replace(algorithm, capacity_factor=8.0))
     none = gradients(problem, replace(algorithm, capacity_factor=None))
     assert torch.equal(free[0], none[0])
@@ -341,6 +349,37 @@ def test_communications_are_counted():
     assert after["bytes"] == 2 * (4 * rows * 12 * 8 + 4 * 3 * 2 * 8) + 2 * up
     assert after["gradients"] == 4
     assert after["samples"] == 12
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_bytes_of_an_all_to_all_are_those_that_travel(capacity):
+    """`bytes_per_route` times the exchanges of rows is what was counted, with slots dropped and without."""
+    problem, algorithm = made(), MoETraining(bias_rule="none", sequences=2, accumulation=3, capacity_factor=capacity)
+    play = player(problem, algorithm)
+    before = play.counts.as_dict()["bytes"]
+    play.advance(1)
+    metrics = algorithm.resolve(RunSetting(problem, Topology.server(4))).metrics(
+        RunSetting(problem, Topology.server(4))
+    )
+    rows = metrics["bytes_per_route"](play.outputs().mean(dim=0, keepdim=True))
+    sums = 2 * 4 * (problem.common * 8 + 8 + 2 * 8 * 8)  # gradients, squares, loads: up and down
+    tables = 2 * 3 * 4 * 3 * 2 * 8  # layers, micro-batches, pairs of hosts, two experts each
+    assert play.counts.as_dict()["bytes"] - before == sums + tables + 4 * 2 * 3 * rows
+
+
+def test_nothing_is_said_of_a_step_before_the_first(tmp_path):
+    """Before any step there are no loads: MaxVio, losses and bytes of a step have no value, the evaluation has one."""
+    scenario = {
+        "topology": {"kind": "server", "n": 4},
+        "problem": TINY,
+        "algorithm": {"kind": "moe_training", "sequences": 1, "capacity_factor": 1.0},
+        "schedule": {"horizon": 2},
+        "record": {"every": 1, "metrics": ["val_loss", "maxvio", "train_loss", "dropped", "load.*", "bias.*"]},
+    }
+    frame = fedsim.run(scenario, folder=tmp_path / "out").metrics
+    empty = {c for c in frame if np.isnan(frame[c].iloc[0])}
+    assert empty == {"maxvio", "train_loss", "dropped", *(f"load.{layer}.{e}" for layer in (0, 1) for e in range(8))}
+    assert not frame.iloc[1:].isna().any(axis=None)
 
 
 def test_a_run_resumes_to_the_same_bits_and_learns(tmp_path):
@@ -400,7 +439,9 @@ def test_corpora(tmp_path):
 
     from fedsim.moe import corpus
 
-    assert len(corpus.load("python_docs", tmp_path)) > 100_000
+    text = corpus.load("python_docs", tmp_path)
+    assert len(text) > 100_000
+    assert made().facts()["sha256"] == hashlib.sha256(text.tobytes()).hexdigest()
     (tmp_path / "b.txt").write_bytes(b"second")
     (tmp_path / "a.txt").write_bytes(b"first")
     with tarfile.open(tmp_path / "texts.tgz", "w:gz") as tar:

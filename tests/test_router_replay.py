@@ -1,5 +1,7 @@
 """Router replay as a scenario: golden loads over hosts, metrics, recordings, workloads, refusals."""
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,9 @@ import pytest
 import fedsim
 from fedsim.check import check
 from fedsim.errors import InputError
+from fedsim.moe.oracle import exact_assignment
 from fedsim.moe.selection import select
+from fedsim.moe.streams import recorded
 
 SCORES = {"kind": "router_scores", "tokens": 512, "moe_num_experts": 8, "moe_top_k": 2, "seed": 0}
 
@@ -47,13 +51,69 @@ def test_golden_loads_whatever_the_hosts(tmp_path, hosts):
     assert frame["bias.0.0"].iloc[1] == pytest.approx(0.75e-3)  # 5 experts up, 3 down, centred
 
 
-def test_lagrangian_and_its_terms(tmp_path):
-    """The recorded benefit and penalty are those of theorem 1: the Lagrangian rises by their difference."""
-    frame = play(tmp_path / "a", 40, {"bias_rule": "prop", "bias_update_rate": 0.02})
+@pytest.mark.parametrize("tokens", [512, 509])
+@pytest.mark.parametrize("centred", [True, False])
+def test_lagrangian_and_its_terms(tmp_path, tokens, centred):
+    """The recorded benefit and penalty are those of theorem 1: the Lagrangian rises by their difference.
+
+    Also where E does not divide K T; before the first update nothing has risen.
+    """
+    rule = {"bias_rule": "sign", "bias_update_rate": 0.01, "center_bias": centred}
+    frame = play(tmp_path / "a", 40, rule, {**SCORES, "tokens": tokens})
+    assert frame.loc[0, ["benefit", "penalty"]].tolist() == [0, 0]
     rise = frame["lagrangian"].diff().iloc[1:]
     assert np.allclose(rise, (frame["benefit"] - frame["penalty"]).iloc[1:], atol=1e-9)
     assert (frame["benefit"] > -1e-9).all()
     assert (frame["gap"] > -1e-9).all()
+
+
+@pytest.mark.parametrize("problem", [{"fresh": True}, {"workload": "drift", "period": 4}, {"layers": 2, "fresh": True}])
+def test_every_stream_reports_the_gap(tmp_path, problem):
+    """Batches that change have their own exact optimum at every step, unless asked to leave it out."""
+    frame = play(tmp_path / "a", 4, {"bias_rule": "sign"}, {**SCORES, "tokens": 64, **problem})
+    assert (frame["gap"] > 0).all()
+    assert frame["gap"].nunique() == 5
+    none = play(tmp_path / "b", 1, {"oracle": "none"}, {**SCORES, "tokens": 64, **problem})
+    assert not {"gap", "score_ratio"} & set(none)
+
+
+def test_large_streams_say_that_they_leave_the_gap_out():
+    """Above 2^17 scores in every step the oracle is asked for by name; `check` says so."""
+    problem = {**SCORES, "tokens": 2**14 + 1, "fresh": True}
+    scenario = {"topology": {"kind": "server", "n": 2}, "problem": problem, "schedule": {"horizon": 1}}
+    for oracle, said in (("auto", True), ("each", False), ("none", False)):
+        (found,) = check({**scenario, "algorithm": {"kind": "router_replay", "oracle": oracle}})
+        assert any("oracle: each computes it" in note for note in found["warnings"]) == said
+
+
+def test_maxvio_of_the_whole_stream(tmp_path):
+    """MaxVio_global of a recording counts all its steps under the bias of the moment; of one batch it is MaxVio."""
+    scores = np.random.default_rng(0).random((3, 2, 20, 4)) + np.linspace(0, 0.5, 4)
+    np.save(tmp_path / "s.npy", scores)
+    problem = {"kind": "router_scores", "file": str(tmp_path / "s.npy")}
+    frame = play(tmp_path / "a", 5, {"bias_update_rate": 0.05}, problem, metrics=["maxvio_global", "bias.*"])
+    for _, row in frame.iterrows():
+        whole = [
+            select(scores[:, layer].reshape(-1, 4), np.array([row[f"bias.{layer}.{e}"] for e in range(4)]), 2).loads
+            for layer in (0, 1)
+        ]
+        assert row["maxvio_global"] == pytest.approx(np.mean([w.max() / 30 - 1 for w in whole]))
+    assert "maxvio_global" not in play(tmp_path / "b", 1, {})
+
+
+def test_the_regret_of_a_recording_is_against_its_own_best_bias(tmp_path):
+    """Over a whole pass the comparator's dual value is the least there is: that of all steps' tokens at once."""
+    rng = np.random.default_rng(0)
+    scores = (
+        rng.random((4, 1, 200, 4))
+        + np.array([[0.5, 0, 0, 0], [0, 0.4, 0, 0], [0, 0, 0.3, 0], [0, 0, 0, 0.9]])[:, None, None]
+    )
+    np.save(tmp_path / "s.npy", scores)
+    problem = {"kind": "router_scores", "file": str(tmp_path / "s.npy")}
+    frame = play(tmp_path / "a", 3, {"bias_rule": "none", "regret": True}, problem)
+    whole = scores.reshape(-1, 4)
+    least = exact_assignment(whole, 2).value
+    assert frame["regret"].iloc[-1] == pytest.approx(select(whole, np.zeros(4), 2).score - least, abs=0.05)
 
 
 def test_rules_see_loads_before_dropping(tmp_path):
@@ -200,8 +260,25 @@ def test_check_prints_floor_curvature_and_growth(tmp_path):
     assert constants["maxvio_floor"] == pytest.approx(0.1165, abs=1e-4)
     assert constants["prop_limit"] == pytest.approx(0.25, rel=0.15)
     assert constants["regret"] > 0
-    (fast,) = check({**scenario, "algorithm": {"kind": "router_replay", "bias_rule": "prop", "bias_update_rate": 0.4}})
-    assert any("u = 0.4 is above it: loads will swing" in c["formula"] for c in fast["constants"])
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize(("unit", "times"), [("relative", 1.0), ("fraction", 4.0), ("tokens", 1 / 128)])
+def test_steps_that_swing_are_warned_of_in_every_unit(unit, times, delay):
+    """The stable rate is that of the notes (0.243 at once, 0.075 two steps late), in the unit of the error."""
+    for factor in (0.8, 1.25):
+        rate = {0: 0.243, 2: 0.075}[delay] * times
+        rule = {"bias_rule": "prop", "bias_update_rate": rate * factor, "error_unit": unit, "bias_delay": delay}
+        scenario = {
+            "topology": {"kind": "server", "n": 2},
+            "problem": {**SCORES, "fresh": True},
+            "algorithm": {"kind": "router_replay", **rule},
+            "schedule": {"horizon": 5},
+        }
+        (found,) = check(scenario)
+        (limit,) = [c["value"] for c in found["constants"] if c["name"] == "prop_limit"]
+        assert limit == pytest.approx(rate, rel=0.15)
+        assert any("loads will swing" in note for note in found["warnings"]) == (factor > 1)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +315,9 @@ def test_expert_choice_on_one_host_has_the_table_s_score(tmp_path):
         (SCORES, {"bias_rule": "expert_choice", "capacity_factor": 1.0}, "leave capacity_factor and group limits out"),
         (SCORES, {"bias_rule": "mult", "regret": True}, "the regret needs selection by score plus biases"),
         (SCORES, {"regret": True, "comparator": [[0.0, 0.0]]}, r"comparator: \(1, 2\) given, \(1, 8\) needed"),
+        ({**SCORES, "tokens": 5, "shard": "ragged"}, {}, "shard: ragged leaves host 0 of 4 none of 5 tokens"),
+        ({**SCORES, "skew": float("nan")}, {}, "problem.skew: input should be a finite number"),
+        (SCORES, {"capacity_factor": float("inf")}, "algorithm.capacity_factor: input should be a finite number"),
     ],
 )
 def test_refusals_say_what_is_needed(tmp_path, problem, rule, words):
@@ -254,8 +334,84 @@ def test_a_recording_that_is_none_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", gates=np.ones((4, 4)))
     for name, words in [
         ("flat.npy", r"shape \(4,\); \[tokens, experts\]"),
-        ("int.npy", "finite float32 or float64 scores are needed, int64 found"),
+        ("int.npy", "float16, float32 or float64 scores are needed, int64 found"),
         ("other.npz", "no array 'scores'; it has gates"),
     ]:
         with pytest.raises(InputError, match=words):
             play(tmp_path / "a", 2, {}, {"kind": "router_scores", "file": str(tmp_path / name)})
+
+
+def parquet(file, **columns):
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def test_files_that_cannot_be_used_say_why(tmp_path):
+    """Broken files, missing values, columns that are no scores, tables that are not full: the place is named."""
+    half = [0.5, 0.25]
+    (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "torn.npz").write_bytes(b"PK")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    np.save(tmp_path / "nan.npy", np.array([[0.1, 0.2], [np.nan, np.inf]]))
+    parquet(tmp_path / "index.parquet", a=half, b=half, __index_level_0__=[3, 4])
+    parquet(tmp_path / "null.parquet", a=half, b=[0.5, None])
+    parquet(tmp_path / "lists.parquet", scores=[half, half])
+    parquet(tmp_path / "empty.parquet", a=pa.array([], pa.float64()))
+    parquet(tmp_path / "keys.parquet", step=[0, 1])
+    parquet(tmp_path / "holes.parquet", a=half, b=half, step=[0, 1], layer=[0, 1])
+    for name, words in [
+        ("torn.npy", "not a readable .npy of numbers"),
+        ("torn.npz", "not a readable .npz of numbers"),
+        ("torn.parquet", "not a readable Parquet file"),
+        ("objects.npy", "not a readable .npy of numbers"),
+        ("nan.npy", r"scores must be finite; 2 are not, the first at \[1, 0\] \(nan\)"),
+        ("index.parquet", "column '__index_level_0__' is int64"),
+        ("null.parquet", "column 'b' is double with 1 nulls"),
+        ("lists.parquet", "column 'scores' is list"),
+        ("empty.parquet", "0 rows, 1 columns of experts"),
+        ("keys.parquet", "2 rows, 0 columns of experts"),
+        ("holes.parquet", "2 of 2 x 2 are there"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            recorded(tmp_path / name)
+
+
+def test_runs_say_which_file_they_played(tmp_path):
+    """`run.json` holds the hash of the recording."""
+    np.save(tmp_path / "s.npy", np.random.default_rng(0).random((20, 4)))
+    play(tmp_path / "out", 1, {}, {"kind": "router_scores", "file": str(tmp_path / "s.npy")})
+    wanted = hashlib.sha256((tmp_path / "s.npy").read_bytes()).hexdigest()
+    assert fedsim.load(tmp_path / "out").facts["problem"]["sha256"] == wanted
+
+
+def test_tokens_of_a_table_stand_in_their_order(tmp_path):
+    """Column `token` orders the rows of a step and layer; half precision is read as float32."""
+    file = parquet(tmp_path / "t.parquet", a=[0.1, 0.2, 0.3], b=[0.4, 0.5, 0.6], token=[2, 0, 1])
+    assert recorded(file)[0, 0, :, 0].tolist() == [0.2, 0.3, 0.1]
+    np.save(tmp_path / "half.npy", np.full((3, 2), 0.1, np.float16))
+    assert recorded(tmp_path / "half.npy").dtype == np.float32
+
+
+def test_sizes_that_a_file_contradicts_are_refused(tmp_path):
+    """Tokens, experts and layers given beside a file are compared with it: axes are swapped easily."""
+    np.save(tmp_path / "s.npy", np.random.default_rng(0).random((2, 8, 30)))
+    problem = {"kind": "router_scores", "file": str(tmp_path / "s.npy")}
+    for key, value in (("moe_num_experts", 8), ("tokens", 30), ("layers", 1)):
+        with pytest.raises(InputError, match=rf"problem.{key}: {value} given, but .* holds"):
+            play(tmp_path / "a", 1, {}, {**problem, key: value})
+    same = {**problem, "moe_num_experts": 30, "tokens": 8, "layers": 2}
+    assert len(play(tmp_path / "a", 1, {}, same)) == 2
+
+
+def test_an_auxiliary_loss_without_logits_is_refused_before_the_run(tmp_path):
+    """A recording of scores has nothing to shift; `check` knows."""
+    np.save(tmp_path / "s.npy", np.random.default_rng(0).random((20, 4)))
+    scenario = {
+        "topology": {"kind": "server", "n": 2},
+        "problem": {"kind": "router_scores", "file": str(tmp_path / "s.npy")},
+        "algorithm": {"kind": "router_replay", "bias_rule": "aux_loss"},
+        "schedule": {"horizon": 1},
+    }
+    with pytest.raises(InputError, match="aux_loss shifts logits, but the recording holds scores"):
+        check(scenario)

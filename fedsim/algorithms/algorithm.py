@@ -270,8 +270,11 @@ class SyncAlgorithm(Algorithm):
         """Return numbers of every row `[rows]` by name; their means over nodes are recorded beside the metrics."""
         return {}
 
-    def metrics(self, setting: Setting) -> dict[str, Callable[[torch.Tensor], float]] | None:
-        """Return what is recorded of the mean of all answers `[1, dim]`, by name; None: the problem's metrics."""
+    def metrics(self, setting: Setting) -> Mapping[str, Callable[[torch.Tensor], float | None]] | None:
+        """Return what is recorded of the mean of all answers `[1, dim]`, by name; None: the problem's metrics.
+
+        A metric that has no value yet is None.
+        """
         return None
 
 

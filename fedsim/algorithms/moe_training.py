@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,9 +35,10 @@ class TrainingState:
 
     Attributes:
         weights, m, v: `[1, common]`, equal on all hosts. experts, m_experts, v_experts: `[rows, per_host]`.
-        bias, velocity: float64 `[rows, layers, E]`. own: int64 `[rows, layers, E]`, selections of the step before.
+        bias, velocity: float64 `[rows, layers, E]`.
+        own, sent: int64 `[rows, layers, E]`, selections of the step before, and those that were not dropped.
         known: int64 `[rows, delay + 1, layers, E]`, the loads that the rule goes by, newest first.
-        facts: float64 `[rows, 2]`: training loss of the host's text, slots dropped.
+        loss: float64 `[rows, 1]`, of the text that the host trained on in the step before.
     """
 
     weights: Shared
@@ -49,8 +50,9 @@ class TrainingState:
     bias: Rows
     velocity: Rows
     own: Rows
+    sent: Rows
     known: Rows
-    facts: Rows
+    loss: Rows
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,23 @@ class MoETraining(Balancing, SyncAlgorithm):
     and the loads (int64, one message for all layers) are a `Sum`. Once per step, after its last micro-batch, the biases
     follow the loads of that step, counted before any dropping; the next step is routed with them.
 
-    Records `loss` (nats per byte of text held out, biases frozen), `train_loss`, `maxvio_global` (on that text),
-    `maxvio` and others of the last step's loads, `bytes_per_route` (rows of one all-to-all, without those that stay),
-    and `modelled_seconds` of a step: latency per message, bytes of the busiest host, arithmetic of the host with most
-    tokens.
+    Records `val_loss` (nats per byte of text held out, biases frozen) and `maxvio_global` (on that text); of the last
+    step, and therefore not before the first: `train_loss`, `maxvio` and others of its loads, `bytes_per_route` (rows of
+    one all-to-all, without those that stay or were dropped), and `modelled_seconds`: latency per message, bytes of the
+    busiest host, arithmetic of the host with most tokens.
 
     Attributes:
         sequences: per host and micro-batch. accumulation: micro-batches per step.
         learning_rate, warmup, beta1, beta2, epsilon, weight_decay: of AdamW; the rate rises for `warmup` steps.
         learning_rate_end: the rate falls to it by a cosine until the schedule's last step; default: it stays.
         clip: largest norm of the whole gradient.
-        aux_loss_coeff, aux_loss_scope: alpha E sum f_k P_k with f of the host's micro-batch, or of all hosts'
-            (global_batch); selections are those made, bias included. Of every sequence by itself (sequence), f counts
-            unbiased selections, as DeepSeek-V3 has it beside the bias.
+        aux_loss_coeff, aux_loss_scope: alpha E sum f_k P_k with f of the host's micro-batch, or of all hosts' in the
+            step's micro-batches so far (global_batch); selections are those made, bias included. Of every sequence by
+            itself (sequence), f counts unbiased selections, as DeepSeek-V3 has it beside the bias.
         z_loss_coeff: mean squared logsumexp. importance_loss_coeff: squared coefficient of variation of the experts'
             sums of scores in a micro-batch. simbal_coeff: sum of |R'R - I| over the router's weights R.
-        capacity_factor, drop_policy: an expert takes ceil(cf K T / E) slots of each host's T tokens; None: all.
+        capacity_factor, drop_policy: an expert takes ceil(cf K T / E) slots of each host's T tokens of a micro-batch,
+            those with the largest gates (probs) or the first come (position); None: all.
         latency, seconds_per_byte, seconds_per_flop: of the step-time model.
 
     Reference: Wang, Gao, Zhao, Sun & Dai, *Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts*, arXiv
@@ -124,7 +127,7 @@ class MoETraining(Balancing, SyncAlgorithm):
                 f"algorithm.bias_rule: {self.bias_rule} given, but training knows none, {', '.join(rules.BY_LOADS)};"
                 " an auxiliary loss is aux_loss_coeff with bias_rule none; router_replay plays the others"
             )
-        rules.refuse_senseless(self, problem.p.score_func)
+        rules.refuse_senseless(self)
         end = self.learning_rate_end
         if end is not None and (end > self.learning_rate or setting.rounds <= self.warmup):
             raise InputError(
@@ -164,8 +167,8 @@ class MoETraining(Balancing, SyncAlgorithm):
         bias = torch.zeros(rows, s.layers, s.experts, dtype=torch.float64)
         counts = torch.zeros(rows, self.bias_delay + 1, s.layers, s.experts, dtype=torch.int64)
         zero, none = torch.zeros_like(weights), torch.zeros_like(experts)
-        facts = torch.zeros(rows, 2, dtype=torch.float64)
-        return TrainingState(weights, zero, zero, experts, none, none, bias, bias, counts[:, 0], counts, facts)
+        loss, own = torch.zeros(rows, 1, dtype=torch.float64), counts[:, 0]
+        return TrainingState(weights, zero, zero, experts, none, none, bias, bias, own, own, counts, loss)
 
     async def round(self, s: TrainingState, k: int, f: Oracle, rng: Draws) -> TrainingState:
         """Train one step."""
@@ -191,25 +194,27 @@ class MoETraining(Balancing, SyncAlgorithm):
         known = torch.cat([newest[:, None], s.known[:, :-1]], dim=1)
         due = known[:, -1] if k >= self.bias_delay else torch.ones_like(own)  # nothing is known yet: no error
         bias, velocity = rules.updated(self, s.bias, s.velocity, due, p.shape.top_k, k + 1)
-        facts = torch.from_numpy(np.stack([losses, [host.dropped for host in hosts]], axis=1).astype(np.float64))
-        return TrainingState(*weights, *own_experts, bias, velocity, own, known, facts)
+        sent = torch.from_numpy(np.stack([host.sent for host in hosts]))
+        loss = torch.from_numpy(losses)[:, None]
+        return TrainingState(*weights, *own_experts, bias, velocity, own, sent, known, loss)
 
     def output(self, s: TrainingState, f: Oracle) -> torch.Tensor:
         """Return per host the common weights, and its experts, biases, loads in its own place among all hosts'."""
         rows, n = len(s.experts), f.n
         parts = [s.weights.expand(rows, -1).double()]
-        for value in (s.experts.double() * n, s.bias.flatten(1) * n, s.own.flatten(1).double() * n):
+        for value in (s.experts.double(), s.bias.flatten(1), s.own.flatten(1).double(), s.sent.flatten(1).double()):
             placed = torch.zeros(rows, n, value.shape[1], dtype=torch.float64)
-            placed[torch.arange(rows), torch.from_numpy(f.nodes)] = value
+            placed[torch.arange(rows), torch.from_numpy(f.nodes)] = value * n
             parts.append(placed.flatten(1))
-        return torch.cat([*parts, s.facts], dim=1)
+        return torch.cat([*parts, s.loss], dim=1)
 
-    def metrics(self, setting: Setting) -> dict[str, Callable[[torch.Tensor], float]]:
+    def metrics(self, setting: Setting) -> Mapping[str, Callable[[torch.Tensor], float | None]]:
         """Return what is recorded; see the class."""
         shape = self._problem.shape
         names = ["val_loss", "train_loss", "maxvio_global", *theory.load_metrics(np.ones((1, shape.experts)), 1)]
         names += ["maxvio_floor", "bias_range", "bias_spread", "bytes_per_route", "modelled_seconds"]
         names += ["dropped"] if self.capacity_factor is not None else []
+        chosen: dict[str, Callable[[torch.Tensor], float | None]]
         chosen = {name: partial(self._metric, name) for name in names}
         for layer in range(shape.layers):
             for e in range(shape.experts):
@@ -217,11 +222,12 @@ class MoETraining(Balancing, SyncAlgorithm):
                 chosen[f"bias.{layer}.{e}"] = partial(self._each, "first_bias", layer, e)
         return chosen
 
-    def _metric(self, name: str, mean: torch.Tensor) -> float:
+    def _metric(self, name: str, mean: torch.Tensor) -> float | None:
         return TrainingView(mean[0].numpy(), self._problem, self).metric(name)
 
-    def _each(self, what: str, layer: int, expert: int, mean: torch.Tensor) -> float:
-        return float(getattr(TrainingView(mean[0].numpy(), self._problem, self), what)[layer, expert])
+    def _each(self, what: str, layer: int, expert: int, mean: torch.Tensor) -> float | None:
+        view = TrainingView(mean[0].numpy(), self._problem, self)
+        return float(getattr(view, what)[layer, expert]) if what != "loads" or view.loads.any() else None
 
     def _host(self, s: TrainingState, row: int) -> Host:
         p: ByteLanguage = self._problem
@@ -280,7 +286,7 @@ class MoETraining(Balancing, SyncAlgorithm):
         if not self.aux_loss_coeff or self.aux_loss_scope == "sequence":
             return torch.zeros_like(loads)
         if self.aux_loss_scope == "global_batch":
-            own = torch.from_numpy(np.stack([host.micro_loads for host in hosts]))
+            own = torch.from_numpy(np.stack([host.loads for host in hosts]))
             loads = (await Sum(own.flatten(1))).reshape(1, *own.shape[1:]).double().expand_as(loads)
         share = loads / loads.sum(dim=-1, keepdim=True)
         return self.aux_loss_coeff / self.accumulation * loads.shape[-1] * share

@@ -16,11 +16,12 @@ from fedsim.algorithms.algorithm import Constant, Draws, Oracle, Provenance, Set
 from fedsim.algorithms.requests import Mean, Rows, Shared, Sum
 from fedsim.errors import InputError
 from fedsim.moe import rules, theory
-from fedsim.moe.oracle import exact_assignment
 from fedsim.moe.part import SUMS, Part
 from fedsim.moe.rules import Balancing
 from fedsim.moe.view import View
 from fedsim.problems.router_scores import Batch, RouterScores
+
+EVERY_BATCH = 2**17  # scores of a batch up to which `oracle: auto` finds the optimum of every one: some 0.1 s
 
 
 @dataclass
@@ -71,14 +72,17 @@ class RouterReplay(Balancing, SyncAlgorithm):
 
     Records `gap = D(p) - OPT` with the dual function D and the exact optimum OPT where selection is the best response
     to additive biases that are equal on all hosts; under group limits, `mult`, `aux_loss` and others `score_ratio` and
-    `maxvio` stand apart. `maxvio`: (max A - L)/L, with `maxvio_floor`, its mean under the best fixed bias for i.i.d.
-    tokens. With `capacity_factor`, an expert takes ceil(cf K T_host / E) tokens of each host; the loads that the rule
-    sees are those before dropping. `benefit` and `penalty`: D rises by sum_i b_i - sum_k eps_k (A_k - L)^2.
+    `maxvio` stand apart. Where E does not divide K T, OPT is over loads floor(L) and ceil(L), and so is D's bound.
+    `maxvio`: (max A - L)/L of the batch, with `maxvio_floor`, its mean under the best fixed bias for i.i.d. tokens;
+    `maxvio_global`: of tokens that stand for the whole stream (of a recording, its own), the bias frozen. With
+    `capacity_factor`, an expert takes ceil(cf K T_host / E) tokens of each host; the loads that the rule sees are those
+    before dropping. `lagrangian` rises by `benefit` - `penalty`, sum_i b_i - sum_k eps_k (A_k - L)^2.
     `load.LAYER.EXPERT` and `bias.LAYER.EXPERT` are recorded when asked for (`record: {metrics: [..., "load.*"]}`).
 
     Attributes:
         capacity_factor, drop_policy: keep the highest scores (probs) or the first come (position).
-        oracle: exact optimum of one batch that is played again and again (auto), of every batch (each), or none.
+        oracle: exact optimum of every batch (each), or none; auto leaves it out where every batch is another one and
+            has more than 2^17 scores in all layers.
         regret: also route with the best fixed bias and record the regret, the sum of D(p; batch) - D(p*; batch).
         comparator: p* by layer and expert (default: what balances a large sample of the stream's law).
 
@@ -94,11 +98,11 @@ class RouterReplay(Balancing, SyncAlgorithm):
     paper: ClassVar[str] = "Wang et al., arXiv 2408.15664, Algorithm 1; Han & Zhong, arXiv 2512.03915"
     provenance: ClassVar[Provenance] = "paper"
 
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     drop_policy: Literal["probs", "position"] = "probs"
     oracle: Literal["auto", "each", "none"] = "auto"
     regret: bool = False
-    comparator: list[list[float]] | None = None
+    comparator: list[list[Annotated[float, Field(allow_inf_nan=False)]]] | None = None
     _scores: Any = field(default=None, init=False, repr=False)
     _best: Any = field(default=None, init=False, repr=False)
 
@@ -107,7 +111,12 @@ class RouterReplay(Balancing, SyncAlgorithm):
         problem = getattr(setting, "problem", None)
         if not isinstance(problem, RouterScores):
             raise InputError(f"router_replay plays problem 'router_scores', not {getattr(problem, 'kind', '?')!r}")
-        rules.refuse_senseless(self, problem.p.score_func)
+        rules.refuse_senseless(self)
+        if self.bias_rule == "aux_loss" and problem.p.file is not None and problem.p.file_holds == "scores":
+            raise InputError(
+                "algorithm.bias_rule: aux_loss shifts logits, but the recording holds scores; give logits and"
+                " problem.file_holds: logits"
+            )
         if self.bias_rule == "expert_choice" and (self.capacity_factor is not None or problem.limited_groups):
             raise InputError(
                 "algorithm.bias_rule: expert_choice fills every expert to its capacity from all tokens; leave"
@@ -129,33 +138,58 @@ class RouterReplay(Balancing, SyncAlgorithm):
             Constant("L", s.tokens * s.top_k / s.experts, "K T / E, tokens per expert"),
             Constant("maxvio_floor", floor, "kappa_E sqrt((1 - K/E)/L E/(E - 1)), mean MaxVio of i.i.d. batches at p*"),
         ]
-        if s.top_k == s.experts or not self._is_dual:
+        if not self._is_dual or not s.bends:
             return tuple(found)
-        sample = s.sample(32768)[0]
-        if len(sample) < 40 * s.experts:
-            return tuple(found)  # too few tokens for densities
-        prices = exact_assignment(sample, s.top_k).prices
-        bend = theory.curvature(sample, prices, s.top_k)
-        limit = rules.stable_rate(s.top_k, s.experts, bend.largest, self.bias_delay)
-        warning = f"; u = {self.bias_update_rate:g} is above it: loads will swing" if self._swings(limit) else ""
+        smallest = min(bend.smallest for _, bend in s.bends)
+        spread = max(float(np.ptp(prices)) for prices, _ in s.bends)
+        unit = {"relative": "K/(E lambda_max)", "fraction": "1/lambda_max", "tokens": "1/(T lambda_max)"}
+        formula = f"{self.error_unit} u below 2 sin(pi/(2(2d+1))) {unit[self.error_unit]} is stable"
         found += [
-            Constant("lambda_2", bend.smallest, "smallest positive eigenvalue of the tie-density Laplacian (estimate)"),
-            Constant("lambda_max", bend.largest, "its largest eigenvalue (estimate)"),
-            Constant("prop_limit", limit, "relative u below 2 sin(pi/(2(2d+1))) K/(E lambda_max) is stable" + warning),
-            Constant("spread", float(np.ptp(prices)), "range of the optimal biases; sign needs u >= spread/steps"),
+            Constant("lambda_2", smallest, "smallest positive eigenvalue of the tie-density Laplacian (estimate)"),
+            Constant("lambda_max", self._largest, "its largest eigenvalue (estimate)"),
+            Constant("prop_limit", self._limit, formula),
+            Constant("spread", spread, "range of the optimal biases; sign needs u >= spread/steps"),
         ]
-        growth = None
-        if s.iid:
-            rate = self.bias_update_rate, self.error_unit, s.tokens, s.top_k
-            growth = theory.predicted_regret(self.bias_rule, self.bias_schedule, *rate, bend)
+        growth = self._growth
         if growth is not None:
-            value = growth.power if growth.rate is None else growth.rate
+            value = growth.power if growth.rate is None else growth.rate * s.layers
             found.append(Constant("regret", float(value or 0.0), f"predicted growth per {growth.law}"))
         return tuple(found)
 
     def notes(self, setting: Setting) -> tuple[str, ...]:
         """Return what is known to go wrong with these keys."""
-        return rules.notes(self, self._problem.p.score_func)
+        s, u = self._problem, self.bias_update_rate
+        found = [*rules.notes(self, s.p.score_func)]
+        constant = self.bias_rule == "prop" and self.bias_schedule == "const" and self._is_dual
+        if constant and s.bends and u > self._limit:
+            found.append(f"bias_update_rate {u:g} is above prop_limit {self._limit:.3g}: loads will swing")
+        if self.oracle == "auto" and not self._has_optimum:
+            found.append(
+                f"no gap: {s.layers} x {s.tokens} x {s.experts} scores are new in every step; oracle: each computes it"
+            )
+        return tuple(found)
+
+    @property
+    def _largest(self) -> float:
+        return max(bend.largest for _, bend in self._problem.bends)
+
+    @property
+    def _limit(self) -> float:
+        """The stable rate of `prop`, in the unit of its error."""
+        s = self._problem
+        target = s.tokens * s.top_k / s.experts
+        unit = {"relative": 1.0, "fraction": s.experts / s.top_k, "tokens": 1 / target}[self.error_unit]
+        return unit * rules.stable_rate(s.top_k, s.experts, self._largest, self.bias_delay)
+
+    @property
+    def _growth(self) -> theory.Growth | None:
+        """How the regret of one layer should grow, where batches are i.i.d. and every step follows its own loads."""
+        s = self._problem
+        plain = not self.bias_delay and self.bias_update_interval == 1 and self.bias_freeze_step is None
+        if not (s.iid and plain and self.bias_cap is None):
+            return None
+        rate = self.bias_update_rate, self.error_unit, s.tokens, s.top_k
+        return theory.predicted_regret(self.bias_rule, self.bias_schedule, *rate, s.bends[0][1])
 
     async def start(self, x0: torch.Tensor, f: Oracle, rng: Draws) -> ReplayState:
         """Route the first batch with the biases of the start."""
@@ -168,7 +202,9 @@ class RouterReplay(Balancing, SyncAlgorithm):
         known = (found.own if self.bias_sync == "local" else loads.expand_as(found.own))[:, None]
         known = known.expand(-1, self.bias_delay + 1, -1, -1).contiguous()
         zero = torch.zeros_like(bias)
-        return ReplayState(bias, zero, found.proposal, found.own, known, found.sums, loads, self._optimum(batch))
+        sums = found.sums.reshape(len(bias), len(SUMS), -1).clone()
+        sums[:, SUMS.index("benefit")] = 0.0  # no token has switched yet
+        return ReplayState(bias, zero, found.proposal, found.own, known, sums.flatten(1), loads, self._optimum(batch))
 
     async def round(self, s: ReplayState, k: int, f: Oracle, rng: Draws) -> ReplayState:
         """Update the biases from the loads before, then route batch k + 1."""
@@ -200,12 +236,16 @@ class RouterReplay(Balancing, SyncAlgorithm):
         s = self._problem
         names = [*theory.load_metrics(np.ones((1, s.experts)), 1), "score_ratio", "gap", "lagrangian", "benefit"]
         names += ["penalty", "bias_spread", "bias_range", "maxvio_floor", "dropped", "gate", "aux", "regret"]
+        names += ["maxvio_global"]
         left_out = set()
+        by_bias = self.bias_rule in ("none", "qb", *rules.BY_LOADS) and self.bias_sync == "global"
+        if s.stationary or s.moving or not by_bias:
+            left_out |= {"maxvio_global"}
         if not self._is_dual:
             left_out |= {"gap", "lagrangian", "benefit", "penalty"}
         left_out |= {"maxvio_floor"} if s.stationary else {"benefit", "penalty"}
         left_out |= {"aux"} if self.bias_rule != "aux_loss" else set()
-        if self.oracle == "none" or (self.oracle == "auto" and not s.stationary):
+        if not self._has_optimum:
             left_out |= {"gap", "score_ratio"}
         left_out |= {"dropped"} if self.capacity_factor is None else set()
         left_out |= set() if self.regret else {"regret"}
@@ -217,7 +257,7 @@ class RouterReplay(Balancing, SyncAlgorithm):
         return chosen
 
     def _metric(self, name: str, mean: torch.Tensor) -> float:
-        return View(mean[0].numpy(), self._problem).metric(name)
+        return View(mean[0].numpy(), self._problem).metric(name, self.bias_rule == "mult")
 
     def _each(self, what: str, layer: int, expert: int, mean: torch.Tensor) -> float:
         return float(getattr(View(mean[0].numpy(), self._problem), what)[layer, expert])
@@ -233,10 +273,11 @@ class RouterReplay(Balancing, SyncAlgorithm):
         additive = self.bias_rule in ("none", "sign", "prop", "tanh", "qb")
         return additive and self.bias_sync == "global" and not self._problem.limited_groups
 
-    def _swings(self, limit: float) -> bool:
-        unit = {"relative": 1.0, "fraction": self._problem.top_k / self._problem.experts, "tokens": 0.0}
-        constant = self.bias_rule == "prop" and self.bias_schedule == "const" and self.error_unit != "tokens"
-        return constant and self.bias_update_rate > limit * unit[self.error_unit]
+    @property
+    def _has_optimum(self) -> bool:
+        s = self._problem
+        small = s.stationary or s.layers * s.tokens * s.experts <= EVERY_BATCH
+        return self.oracle == "each" or (self.oracle == "auto" and small)
 
     def _comparator(self) -> NDArray[np.float64]:
         s = self._problem
@@ -248,8 +289,8 @@ class RouterReplay(Balancing, SyncAlgorithm):
         return s.best_fixed
 
     def _optimum(self, batch: Batch) -> torch.Tensor:
-        wanted = self.oracle == "each" or (self.oracle == "auto" and self._problem.stationary)
-        return torch.tensor([[self._problem.optimum_of(batch) if wanted else 0.0]], dtype=torch.float64)
+        value = self._problem.optimum_of(batch) if self._has_optimum else 0.0
+        return torch.tensor([[value]], dtype=torch.float64)
 
     async def _updated(self, s: ReplayState, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         rate = self.rate(n)

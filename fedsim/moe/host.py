@@ -40,6 +40,8 @@ class Away(NamedTuple):
 class Host:
     """Plays one host's part of forward and backward.
 
+    `loads` and `sent`, int64 `[layers, E]`, count its selections and the slots that were not dropped of them.
+
     Args:
         weights, experts: leaves; gradients add up in them over micro-batches. experts: `[layers][E / n]`.
         bias: float64 `[layers, E]`. capacity: slots that an expert takes of this host's tokens; None: all.
@@ -58,7 +60,7 @@ class Host:
         self.shape, self.weights, self.experts, self.bias, self.rule = shape, weights, experts, bias, rule
         self._capacity, self._policy = capacity, policy
         self.loads = np.zeros((shape.layers, shape.experts), np.int64)
-        self.dropped = 0
+        self.sent = np.zeros_like(self.loads)
 
     def begin(self, text: torch.Tensor) -> None:
         """Take bytes `[B, S + 1]` through the dense block."""
@@ -73,6 +75,7 @@ class Host:
         self.micro_loads[layer] = gating.loads
         self.loads[layer] += gating.loads
         order, counts = self._order(gating)
+        self.sent[layer] += counts
         self._pending = x, h[order // self.shape.top_k], gating, order
         return self._pending[1].detach(), counts
 
@@ -140,7 +143,6 @@ class Host:
             kept(gating.experts.numpy(), _by_expert(gating, self.shape), self._capacity, self._policy)
         )
         order = order[fits.reshape(-1)[order]]
-        self.dropped += int((~fits).sum())
         return order, np.bincount(flat[order].numpy(), minlength=self.shape.experts)
 
 

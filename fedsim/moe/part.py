@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.errors import InputError
 from fedsim.moe import rules
 from fedsim.moe.selection import Selected, kept
 from fedsim.moe.streams import to_scores
@@ -60,10 +59,7 @@ class Part:
         return Selected(experts, loads, float(chosen), float(chosen))
 
     def _shifted(self) -> NDArray[np.float64]:
-        if self.logits is None:
-            raise InputError(
-                "bias_rule aux_loss shifts logits, but the recording holds scores; give logits and file_holds: logits"
-            )
+        assert self.logits is not None
         return to_scores(self.logits + self.bias, self.s.p.score_func)
 
     def proposal(self) -> NDArray[np.float64]:

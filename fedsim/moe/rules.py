@@ -32,7 +32,7 @@ class Balancing:
         bias_update_rate: u of the step.
         bias_schedule: u (const), u / sqrt(n) (inv_sqrt), u / n (inv_n) at step n = 1, 2, ...
         error_unit: of the load error L - A: relative (to L), fraction (of the tokens), tokens.
-        center_bias: take the mean out of every step; routing is the same.
+        center_bias: take the mean out of every step; routing is the same. Not of mult, where it would not be.
         bias_cap: largest absolute bias.
         bias_update_interval: steps between updates, each from the loads of its own step.
         bias_freeze_step: no updates from this step on.
@@ -65,7 +65,7 @@ class Balancing:
         return self.bias_update_rate / {"const": 1.0, "inv_sqrt": math.sqrt(n), "inv_n": float(n)}[self.bias_schedule]
 
 
-def refuse_senseless(rule: Balancing, score_func: str) -> None:
+def refuse_senseless(rule: Balancing) -> None:
     """Refuse keys that cannot go together.
 
     Raises:
@@ -77,8 +77,6 @@ def refuse_senseless(rule: Balancing, score_func: str) -> None:
         raise InputError(f"algorithm.ema: {rule.ema} given, but only bias_rule qb averages its biases")
     if rule.bias_delay and rule.bias_rule not in BY_LOADS:
         raise InputError(f"algorithm.bias_delay: {rule.bias_delay} given, but {rule.bias_rule} does not follow loads")
-    if rule.bias_rule == "bip" and score_func == "softmax":
-        raise InputError("algorithm.bias_rule: bip clips its prices at 0 for scores of their own; use sigmoid scores")
 
 
 def notes(rule: Balancing, score_func: str) -> tuple[str, ...]:
@@ -114,7 +112,7 @@ def updated(
     else:
         step = error
     step = (rate * step).expand_as(bias)
-    if rule.center_bias:
+    if rule.center_bias and rule.bias_rule != "mult":  # gamma (1 + p) is not the same choice after a shift of p
         step = step - step.mean(dim=-1, keepdim=True)
     new = bias + step
     return (new if rule.bias_cap is None else new.clamp(-rule.bias_cap, rule.bias_cap)), velocity
@@ -129,11 +127,14 @@ def quantile_bias(scores: NDArray, bias: NDArray, top_k: int, rounds: int) -> ND
     """Return the biases of quantile balancing from one batch `[T, E]`, zero mean, starting at `bias [E]`.
 
     `a_i` is the (K+1)-th largest of `s_ik - beta_k` over experts, `beta_k` the (L+1)-th largest of `s_ik - a_i` over
-    tokens; the bias is `-beta` (Megatron-LM, `quantile_balancing`).
+    tokens; the bias is `-beta` (Megatron-LM, `quantile_balancing`). Where K = E there is nothing to choose.
     """
+    if top_k == scores.shape[1]:
+        return bias - bias.mean()
     beta = -bias
     for _ in range(rounds):
-        beta = _descending(scores - _thresholds(scores - beta, top_k)[:, None], _places(scores, top_k), axis=0)
+        a = _descending(scores - beta, top_k, axis=1)
+        beta = _descending(scores - a[:, None], _places(scores, top_k), axis=0)
     return beta.mean() - beta
 
 
@@ -141,7 +142,7 @@ def integer_programme_bias(scores: NDArray, top_k: int, rounds: int) -> NDArray[
     """Return `-q` of BIP balancing (arXiv 2502.15451): the same quantiles, prices clipped at 0, from q = 0."""
     q = np.zeros(scores.shape[1])
     for _ in range(rounds):
-        p = np.maximum(0.0, _thresholds(scores - q, top_k))
+        p = np.maximum(0.0, _descending(scores - q, top_k, axis=1))
         q = np.maximum(0.0, _descending(scores - p[:, None], _places(scores, top_k), axis=0))
     return -q
 
@@ -200,13 +201,9 @@ def _places(scores: NDArray, top_k: int) -> int:
     return len(scores) * top_k // scores.shape[1]
 
 
-def _thresholds(values: NDArray, top_k: int) -> NDArray[np.float64]:
-    if top_k == values.shape[1]:
-        return np.full(len(values), -np.inf)
-    return _descending(values, top_k, axis=1)
-
-
 def _descending(values: NDArray, place: int, axis: int) -> NDArray[np.float64]:
-    """Return the (place + 1)-th largest along an axis."""
+    """Return the (place + 1)-th largest along an axis; where there are no more than `place`, -inf."""
     size = values.shape[axis]
+    if place >= size:
+        return np.full(values.shape[1 - axis], -np.inf)
     return np.take(np.partition(values, size - 1 - place, axis=axis), size - 1 - place, axis=axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ Workload = Literal[
 ]
 MOVING = ("rotating", "burst", "drift")
 ScoreFunc = Literal["sigmoid", "softmax", "sqrtsoftplus"]
+KEYS = ("step", "layer", "token")  # columns of a Parquet table that are not experts
 
 
 def offsets(workload: Workload, size: float, experts: int, hosts: int, step: int, period: int) -> NDArray[np.float64]:
@@ -46,7 +48,8 @@ def offsets(workload: Workload, size: float, experts: int, hosts: int, step: int
 def to_scores(logits: NDArray, score_func: ScoreFunc) -> NDArray:
     """Return the affinities of logits `[..., E]`."""
     if score_func == "sigmoid":
-        return 1 / (1 + np.exp(-logits))
+        with np.errstate(over="ignore"):  # exp(710) is infinite, the score rightly 0
+            return 1 / (1 + np.exp(-logits))
     if score_func == "softmax":
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return weights / weights.sum(axis=-1, keepdims=True)
@@ -57,44 +60,76 @@ def recorded(file: Path) -> NDArray:
     """Return recorded scores as `[steps, layers, tokens, E]` from .npy, .npz (`scores`) or Parquet.
 
     Arrays of 2, 3 or 4 axes are tokens x experts, layers in front of them, steps in front of those. A Parquet table has
-    one column per expert, and columns `step` and `layer` where there are several; rows are tokens, as many for each.
+    one column per expert, in their order, and columns `step` and `layer` where there are several; rows are tokens, as
+    many for each, in the order of column `token` where there is one.
 
     Raises:
-        InputError: no such file, another shape, or values that are not finite.
+        InputError: no such file, not readable, another shape, or values that are no finite numbers.
     """
     if not file.is_file():
         raise InputError(f"problem.file: {file}: no such file; .npy, .npz or .parquet of router scores is needed")
-    if file.suffix == ".parquet":
-        array = _from_parquet(file)
-    elif file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as content:
-            if "scores" not in content.files:
-                raise InputError(f"problem.file: {file}: no array 'scores'; it has {', '.join(content.files)}")
-            array = content["scores"]
-    elif file.suffix == ".npy":
-        array = np.load(file, allow_pickle=False)
-    else:
+    if file.suffix not in (".npy", ".npz", ".parquet"):
         raise InputError(f"problem.file: {file.name}: .npy, .npz or .parquet is needed")
+    array = _from_parquet(file) if file.suffix == ".parquet" else _from_numpy(file)
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise InputError(
             f"problem.file: {file}: shape {array.shape}; [tokens, experts], [layers, tokens, experts] or"
             " [steps, layers, tokens, experts] is needed"
         )
-    if array.dtype not in (np.float32, np.float64) or not np.isfinite(array).all():
-        raise InputError(f"problem.file: {file}: finite float32 or float64 scores are needed, {array.dtype} found")
-    return np.ascontiguousarray(array.reshape((1,) * (4 - array.ndim) + array.shape))
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise InputError(f"problem.file: {file}: float16, float32 or float64 scores are needed, {array.dtype} found")
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise InputError(
+            f"problem.file: {file}: scores must be finite; {len(bad)} are not, the first at {list(place)}"
+            f" ({array[place]})"
+        )
+    return np.ascontiguousarray(
+        array.reshape((1,) * (4 - array.ndim) + array.shape),
+        dtype=np.float32 if array.dtype.itemsize < 8 else np.float64,
+    )
+
+
+def _from_numpy(file: Path) -> NDArray:
+    try:
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        with found:
+            if "scores" in found.files:
+                return found["scores"]
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f"problem.file: {file}: not a readable {file.suffix} of numbers ({error})") from error
+    raise InputError(f"problem.file: {file}: no array 'scores'; it has {', '.join(found.files)}")
 
 
 def _from_parquet(file: Path) -> NDArray:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(file)
-    experts = [name for name in table.column_names if name not in ("step", "layer", "token")]
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"problem.file: {file}: not a readable Parquet file ({error})") from error
+    experts = [name for name in table.column_names if name not in KEYS]
+    for name in experts:
+        if not pa.types.is_floating(table.schema.field(name).type) or table[name].null_count:
+            raise InputError(
+                f"problem.file: {file}: column {name!r} is {table.schema.field(name).type} with"
+                f" {table[name].null_count} nulls; every column but {', '.join(KEYS)} is an expert's float scores"
+            )
+    if not experts or not table.num_rows:
+        raise InputError(
+            f"problem.file: {file}: {table.num_rows} rows, {len(experts)} columns of experts; at least one is needed"
+        )
+    step, layer, token = (table[k].to_numpy() if k in table.column_names else np.zeros(table.num_rows) for k in KEYS)
+    pairs, counts = np.unique(np.stack([step, layer], axis=1), axis=0, return_counts=True)
+    steps, layers = len(np.unique(step)), len(np.unique(layer))
+    if len(set(counts)) > 1 or len(pairs) != steps * layers:
+        raise InputError(
+            f"problem.file: {file}: every (step, layer) needs as many tokens; {len(pairs)} of {steps} x {layers} are"
+            f" there, with {sorted(set(counts.tolist()))} tokens"
+        )
     values = np.stack([table[name].to_numpy() for name in experts], axis=1)
-    parts = {n: table[n].to_numpy() if n in table.column_names else np.zeros(len(values)) for n in ("step", "layer")}
-    order = np.lexsort((parts["layer"], parts["step"]))
-    pairs, counts = np.unique(np.stack([parts["step"], parts["layer"]], axis=1), axis=0, return_counts=True)
-    steps = len(np.unique(pairs[:, 0]))
-    if len(set(counts)) > 1 or len(pairs) % steps:
-        raise InputError(f"problem.file: {file}: every (step, layer) needs as many tokens; they have {sorted(counts)}")
-    return values[order].reshape(steps, len(pairs) // steps, counts[0], len(experts))
+    return values[np.lexsort((token, layer, step))].reshape(steps, layers, counts[0], len(experts))

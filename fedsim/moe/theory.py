@@ -84,7 +84,8 @@ def curvature(scores: NDArray, bias: Floats, top_k: int, width: float | None = N
     """Estimate the tie-density Laplacian from tokens `[T, E]` whose K-th and (K+1)-th biased scores are close.
 
     Args:
-        width: gaps below it count (default: the 5 % quantile of the gaps).
+        width: gaps below it count. Default: a quantile of the gaps, 5 %, or more (at most 30 %) where that would leave
+            fewer than 20 for every expert: wide windows blur the densities, few gaps scatter them.
     """
     values = scores + bias
     order = np.argsort(-values, axis=1, kind="stable")[:, : top_k + 1]
@@ -92,7 +93,8 @@ def curvature(scores: NDArray, bias: Floats, top_k: int, width: float | None = N
     rows = np.arange(len(values))
     gap = values[rows, last] - values[rows, next_]
     apart = gap[gap > 1e-12]  # exact prices make some tokens tie exactly: these say nothing of the density
-    delta = float(np.quantile(apart, 0.05)) if width is None else width
+    share = min(0.3, max(0.05, 20 * values.shape[1] / len(values)))
+    delta = width if width is not None else float(np.quantile(apart, share)) if len(apart) else 1.0
     close = (gap > 1e-12) & (gap <= delta)
     density = np.zeros((values.shape[1], values.shape[1]))
     np.add.at(density, (last[close], next_[close]), 1.0)
@@ -132,32 +134,30 @@ class Growth(NamedTuple):
 def predicted_regret(
     rule: str, schedule: str, rate: float, unit: str, tokens: int, top_k: int, found: Curvature
 ) -> Growth | None:
-    """Return the growth law of the regret for i.i.d. batches, where one is known."""
+    """Return the growth law of the regret for i.i.d. batches, where one is known.
+
+    None for constant `prop` steps so large that the bias swings (`c lambda_E >= 2`): nothing settles then.
+    """
     experts = len(found.eigenvalues) + 1
     share, noise = top_k / experts, top_k * (1 - top_k / experts)
+    lam, var = found.eigenvalues, found.variances
     if rule == "prop":
         c = rate * {"relative": 1 / share, "fraction": 1.0, "tokens": tokens}[unit]
         if schedule == "const":
-            return Growth("N", c * noise / 4 / max(1e-12, 1 - c * found.eigenvalues.mean() / 2))
+            return Growth("N", float((c * var / 4 / (1 - c * lam / 2)).sum())) if c * found.largest < 2 else None
         if schedule == "inv_sqrt":
             return Growth("sqrt N", c * noise / 2)
         if c * found.smallest <= 0.5:
             return Growth("N^power", None, 1 - 2 * c * found.smallest)
-        lam, var = found.eigenvalues, found.variances
         return Growth("ln N", float((lam * var * c**2 / (2 * (2 * c * lam - 1))).sum()))
     if rule == "sign":
         angle = 1 + (2 / math.pi) * math.asin(1 / (experts - 1))
         spread = math.sqrt(share * (1 - share))
         base = rate * math.sqrt(tokens) * (experts - 1) * spread * math.sqrt(math.pi / 2) / 4 * angle
+        c = rate * math.sqrt(2 / math.pi * tokens) / spread  # of the mean sign near p*, as a step c / n
+        if schedule == "inv_n" and c * found.smallest <= 0.5:
+            return Growth("N^power", None, 1 - 2 * c * found.smallest)
         return {"const": Growth("N", base), "inv_sqrt": Growth("sqrt N", 2 * base), "inv_n": Growth("ln N", base)}[
             schedule
         ]
     return None
-
-
-def steepest(growth: Growth, steps: Floats) -> Floats:
-    """Return the predicted shape over steps 1, 2, ...; without a rate it is the bare power."""
-    shape = {"ln N": np.log(steps), "sqrt N": np.sqrt(steps), "N": steps}
-    if growth.power is not None:
-        return steps**growth.power
-    return (growth.rate or 0.0) * shape[growth.law]

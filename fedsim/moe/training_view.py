@@ -22,16 +22,15 @@ class TrainingView:
         self.problem, self.rule = problem, rule
         n, shape = problem.n, problem.shape
         size = n * shape.layers * shape.experts
-        model, bias, own, facts = np.split(mean, np.cumsum([problem.dim, size, size]))
-        self.model = model
+        model, bias, own, sent, loss = np.split(mean, np.cumsum([problem.dim, size, size, size]))
+        self.model, self.train_loss = model, float(loss[0])
         self.bias = bias.reshape(n, shape.layers, shape.experts)
         self.first_bias = self.bias.mean(axis=0)
-        self.own = np.round(own.reshape(n, shape.layers, shape.experts))
-        self.loads = self.own.sum(axis=0)
-        self.train_loss, self.dropped = facts
+        self.loads = np.round(own.reshape(n, shape.layers, shape.experts)).sum(axis=0)
+        self.sent = np.round(sent.reshape(n, shape.layers, shape.experts))
 
-    def metric(self, name: str) -> float:
-        """Return one metric by its name."""
+    def metric(self, name: str) -> float | None:
+        """Return one metric by its name; None: it is of the last step, and there is none yet."""
         problem, rule = self.problem, self.rule
         if name in ("val_loss", "maxvio_global"):
             found = problem.evaluate(torch.from_numpy(self.model), self.first_bias, rule.bias_rule)
@@ -40,14 +39,18 @@ class TrainingView:
             return theory.load_metrics(found["loads"].astype(float), problem.n)["maxvio"]
         if name == "maxvio_floor":
             return theory.sampling_floor(rule.tokens, problem.shape.experts, problem.shape.top_k)
-        if name == "train_loss":
-            return float(self.train_loss)
-        if name == "dropped":
-            return float(self.dropped * problem.n / max(1.0, self.loads.sum()))
         if name == "bias_range":
             return float(np.ptp(self.bias, axis=2).max())
         if name == "bias_spread":
             return float(np.ptp(self.bias, axis=0).max())
+        return self._of_the_last_step(name) if self.loads.any() else None
+
+    def _of_the_last_step(self, name: str) -> float:
+        problem, rule = self.problem, self.rule
+        if name == "train_loss":
+            return self.train_loss
+        if name == "dropped":
+            return float(1 - self.sent.sum() / self.loads.sum())
         if name == "bytes_per_route":
             return float(self._crossing().sum() * self._width / problem.shape.layers / rule.accumulation)
         if name == "modelled_seconds":
@@ -59,9 +62,9 @@ class TrainingView:
         return self.problem.shape.d * (4 if self.problem.p.dtype == "float32" else 8)
 
     def _between(self) -> NDArray[np.float64]:
-        """Return rows from host to host `[layers, n, n]` of the last step."""
+        """Return rows from host to host `[layers, n, n]` of the last step, without what was dropped."""
         n, shape = self.problem.n, self.problem.shape
-        return self.own.reshape(n, shape.layers, n, -1).sum(axis=3).transpose(1, 0, 2)
+        return self.sent.reshape(n, shape.layers, n, -1).sum(axis=3).transpose(1, 0, 2)
 
     def _crossing(self) -> NDArray[np.float64]:
         rows = self._between()
@@ -70,7 +73,8 @@ class TrainingView:
     def _seconds(self) -> float:
         """Return `latency * messages + bytes of the busiest host * seconds_per_byte + flops * seconds_per_flop`.
 
-        Every layer sends rows there and back, forward and backward; the host with most tokens sets the pace.
+        Every layer sends rows there and back, forward and backward; the host with most tokens sets the pace. Its
+        micro-batches are taken as alike: which host is the busiest is asked of the whole step.
         """
         problem, rule, crossing = self.problem, self.rule, self._crossing()
         shape = problem.shape

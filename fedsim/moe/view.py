@@ -28,8 +28,8 @@ class View:
         self.sums = dict(zip(SUMS, parts[2].reshape(len(SUMS), s.layers), strict=True))
         self.optimum = float(mean[-1])
 
-    def metric(self, name: str) -> float:
-        """Return one metric by its name."""
+    def metric(self, name: str, multiply: bool = False) -> float:
+        """Return one metric by its name; `multiply`: scores times 1 + bias select."""
         s = self.s
         if name in self.sums and name not in ("dropped", "gate", "aux"):
             return float(self.sums[name].sum())
@@ -39,12 +39,16 @@ class View:
             return float(self.sums[name].sum() / (s.tokens * s.top_k * s.layers))
         if name == "score_ratio":
             return float(self.sums["kept"].sum() / self.optimum)
-        if name in ("lagrangian", "gap"):
-            value = sum(
-                dual_value(biased, p, s.tokens, s.top_k)
-                for biased, p in zip(self.sums["biased"], self.bias[0], strict=True)
-            )
-            return value - self.optimum if name == "gap" else value
+        if name == "lagrangian":
+            target = s.tokens * s.top_k / s.experts
+            return float(self.sums["biased"].sum() - target * self.first_bias.sum())
+        if name == "gap":
+            pairs = zip(self.sums["biased"], self.first_bias, strict=True)
+            return sum(dual_value(biased, p, s.tokens, s.top_k) for biased, p in pairs) - self.optimum
+        if name == "maxvio_global":
+            pairs = zip(s.held_out, self.first_bias, strict=True)
+            loads = np.stack([s.select(scores, p, multiply).loads for scores, p in pairs])
+            return theory.load_metrics(loads.astype(float), s.n)["maxvio"]
         if name == "bias_spread":
             return float(np.ptp(self.bias, axis=0).max())
         if name == "bias_range":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -157,9 +158,11 @@ class ByteLanguage(Problem):
         return torch.full((len(nodes),), self.evaluate(x[0, : self.dim], zero, "")["loss"], dtype=torch.float64)
 
     def facts(self) -> dict[str, Any]:
-        """Return corpus and sizes."""
+        """Return corpus, its hash (Python's own text is another one in every version) and sizes."""
         sizes = {"parameters": self.dim, "experts": self.shape.experts, "top_k": self.shape.top_k}
-        return {"corpus": self.p.corpus, "bytes": len(self.text), "layers": self.shape.layers, **sizes}
+        text = hashlib.sha256(self.text.to(torch.uint8).numpy().tobytes()).hexdigest()
+        names = {"corpus": self.p.corpus, "bytes": len(self.text), "sha256": text}
+        return {**names, "layers": self.shape.layers, **sizes}
 
     def _refuse(self, text: NDArray[np.uint8]) -> None:
         p, s = self.p, self.shape

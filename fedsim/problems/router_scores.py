@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,12 @@ from fedsim.moe.streams import MOVING, ScoreFunc, Workload, offsets, recorded, t
 from fedsim.problems.parameters import Seed
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 
+if TYPE_CHECKING:
+    from fedsim.moe.theory import Curvature
+
 Count = Annotated[int, Field(ge=1)]
-SAMPLED = 2**23  # scores from which the best fixed bias is found
+SAMPLED = 2**23  # scores, at most, from which the best fixed bias is found
+HELD_OUT = 2**15  # tokens that stand for the stream's law, in estimates
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,13 @@ class RouterScoresParameters:
     """Scores of tokens for experts, replayed under any balancing rule.
 
     Attributes:
-        tokens: of one global batch (T); hosts hold equal parts of it.
-        moe_num_experts, moe_top_k: E and K.
-        layers: MoE layers, each with scores of its own.
+        tokens: of one global batch (T); hosts hold equal parts of it. Default: 512, or what the file holds.
+        moe_num_experts, moe_top_k: E (default: 8, or what the file holds) and K.
+        layers: MoE layers, each with scores of its own. Default: 1, or what the file holds.
         workload: how the experts' mean logits differ (size: `skew`), over steps with `period`.
         fresh: a new batch in every step (i.i.d. but for the workload); else one batch, again and again.
-        file: recorded scores instead (.npy, .npz, .parquet); steps are played in order, then again from the first.
+        file: recorded scores instead (.npy, .npz, .parquet); steps are played in order, then again from the first. What
+            workloads are made of (workload, skew, period, fresh, noise) has no say then.
         file_holds: scores, or logits that `score_func` is applied to.
         noise: of the logits: normal, or uniform on [-1, 1].
         shard: which tokens a host holds: in order; favourite (by their best expert, so that hosts differ); ragged (host
@@ -43,12 +49,12 @@ class RouterScoresParameters:
     """
 
     needs_data: ClassVar[bool] = False
-    tokens: Count = 512
-    moe_num_experts: Count = 8
+    tokens: Count | None = None
+    moe_num_experts: Count | None = None
     moe_top_k: Count = 2
-    layers: Count = 1
+    layers: Count | None = None
     workload: Workload = "skew"
-    skew: float = 1.0
+    skew: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     period: Count = 100
     fresh: bool = False
     file: str | None = None
@@ -59,7 +65,7 @@ class RouterScoresParameters:
     num_expert_groups: Count = 1
     num_limited_groups: Annotated[int, Field(ge=1)] | None = None
     route_norm: bool = False
-    route_scale: Annotated[float, Field(gt=0)] = 1.0
+    route_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     seed: Seed | None = None
 
     def problem(self, n: int, seed: int, base: Path) -> RouterScores:
@@ -81,10 +87,9 @@ class RouterScores(Problem):
     kind = "router_scores"
 
     def __init__(self, p: RouterScoresParameters, n: int, seed: int, base: Path) -> None:
-        self.p, self.n, self._seed = p, n, seed
+        self.p, self.n, self._seed, self._base = p, n, seed, base
         self._recorded = None if p.file is None else recorded(base / p.file)
-        shape = (1, p.layers, p.tokens, p.moe_num_experts) if self._recorded is None else self._recorded.shape
-        self.steps, self.layers, self.tokens, self.experts = shape
+        self.steps, self.layers, self.tokens, self.experts = self._sizes()
         self.top_k, self.groups = p.moe_top_k, p.num_expert_groups
         self.limited = self.groups if p.num_limited_groups is None else p.num_limited_groups
         refuse_impossible(self.experts, self.top_k, self.groups, self.limited)
@@ -92,23 +97,46 @@ class RouterScores(Problem):
             raise InputError(f"problem.tokens: {self.tokens} given for {n} hosts; at least one for each is needed")
         self.dim = self.layers * self.experts
         self.records = np.array([len(part) for part in self._shares()], dtype=np.int64)
+        if not self.records.all():
+            raise InputError(
+                f"problem.shard: {p.shard} leaves host {int(self.records.argmin())} of {n} none of {self.tokens} tokens"
+            )
         self._last: tuple[Any, Batch] | None = None
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Return steps, layers, tokens and experts, the file's where there is one."""
+        p = self.p
+        given = {"layers": p.layers, "tokens": p.tokens, "moe_num_experts": p.moe_num_experts}
+        if self._recorded is None:
+            return 1, p.layers or 1, p.tokens or 512, p.moe_num_experts or 8
+        for (name, value), found in zip(given.items(), self._recorded.shape[1:], strict=True):
+            if value not in (None, found):
+                raise InputError(
+                    f"problem.{name}: {value} given, but {p.file} holds {found}: [steps, layers, tokens, experts] ="
+                    f" {list(self._recorded.shape)}; leave {name} out to take the file's"
+                )
+        steps, layers, tokens, experts = self._recorded.shape
+        return steps, layers, tokens, experts
 
     @property
     def stationary(self) -> bool:
         """Whether every step has the same batch."""
-        moving = self.p.workload in MOVING or self.p.fresh
-        return self.steps == 1 if self._recorded is not None else not moving
+        return self.steps == 1 if self._recorded is not None else not (self.moving or self.p.fresh)
 
     @property
     def iid(self) -> bool:
         """Whether batches are drawn anew from one law."""
-        return self._recorded is None and self.p.fresh and self.p.workload not in MOVING
+        return self._recorded is None and self.p.fresh and not self.moving
 
     @property
     def limited_groups(self) -> bool:
         """Whether group limits restrict the selection, so that biases' dual bound is none."""
         return self.groups > self.limited
+
+    @property
+    def moving(self) -> bool:
+        """Whether the law of the scores changes from step to step."""
+        return self._recorded is None and self.p.workload in MOVING
 
     def batch(self, step: int, fresh: np.random.Generator) -> Batch:
         """Return the global batch of a step; `fresh` draws what is new in it. The last one is kept."""
@@ -131,20 +159,56 @@ class RouterScores(Problem):
         return batch.optimum
 
     def sample(self, tokens: int) -> NDArray:
-        """Return scores `[layers, T, E]` of about so many tokens of the stream's law, apart from those played."""
+        """Return scores `[layers, T, E]` of about so many tokens of the stream's law.
+
+        Of a recording, and of one batch that is played again and again, they are tokens that are played; where batches
+        are drawn anew they are others. Where the law changes they are spread over a period.
+        """
         from fedsim.problems.data.draws import generator
 
-        if self.stationary or self._recorded is not None:
+        parts = -(-tokens // self.tokens)
+        if self.steps > 1:
+            places = np.unique(np.linspace(0, self.steps - 1, parts).round().astype(int))
+            return np.concatenate([self._made(int(step), None).scores for step in places], axis=1)
+        if self.stationary:
             return self.batch(0, generator(self._seed, "router scores")).scores
-        parts = [self._drawn(0, generator(self._seed, "router sample", k)) for k in range(-(-tokens // self.tokens))]
-        return np.concatenate([to_scores(part, self.p.score_func) for part in parts], axis=1)
+        if self.moving:
+            parts = max(parts, min(self.p.period, 32)) if self.p.fresh else min(parts, self.p.period)
+        drawn = []
+        for k in range(parts):
+            fresh = generator(self._seed, "router sample", k) if self.p.fresh else None
+            logits = self._drawn(k * self.p.period // parts, fresh)[:, : -(-tokens // parts)]
+            drawn.append(to_scores(logits, self.p.score_func))
+        return np.concatenate(drawn, axis=1)
+
+    @cached_property
+    def held_out(self) -> NDArray:
+        """Scores `[layers, T, E]` that stand for the stream's law."""
+        return self.sample(min(HELD_OUT, max(1, SAMPLED // self.dim)))
 
     @cached_property
     def best_fixed(self) -> NDArray[np.float64]:
-        """The bias `[layers, E]` that balances a large sample of the stream."""
+        """The bias `[layers, E]` that balances a large sample of the stream; of a recording, the whole of it."""
         from fedsim.moe.theory import best_fixed
 
-        return np.stack([best_fixed(part, self.top_k) for part in self.sample(SAMPLED // (self.layers * self.experts))])
+        tokens = self.steps * self.tokens if self.steps > 1 else max(1, SAMPLED // self.dim)
+        return np.stack([best_fixed(part, self.top_k) for part in self.sample(tokens)])
+
+    @cached_property
+    def bends(self) -> list[tuple[NDArray[np.float64], Curvature]]:
+        """Optimal prices `[E]` and curvature of the dual there, of every layer of a recording, else of one layer.
+
+        Empty where tokens are too few for densities, or all tie.
+        """
+        from fedsim.moe.oracle import exact_assignment
+        from fedsim.moe.theory import curvature
+
+        layers = self.held_out if self._recorded is not None else self.held_out[:1]
+        if self.top_k == self.experts or layers.shape[1] < 40 * self.experts:
+            return []
+        prices = [exact_assignment(part, self.top_k).prices for part in layers]
+        found = [(p, curvature(part, p, self.top_k)) for p, part in zip(prices, layers, strict=True)]
+        return [] if any(bend.largest == 0 for _, bend in found) else found
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Refuse: biases follow loads, not gradients."""
@@ -155,12 +219,15 @@ class RouterScores(Problem):
         raise Unsupported("problem 'router_scores' has no loss; algorithm router_replay records maxvio and gap")
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes, source and the sampling floor."""
+        """Return sizes, source (with the hash of a file) and the sampling floor."""
         from fedsim.moe.theory import sampling_floor
 
         floor = sampling_floor(self.tokens, self.experts, self.top_k)
         names = {"tokens": self.tokens, "experts": self.experts, "top_k": self.top_k, "layers": self.layers}
-        return {**names, "source": self.p.file or self.p.workload, "maxvio_floor": floor}
+        source: dict[str, Any] = {"source": self.p.file or self.p.workload}
+        if self.p.file is not None:
+            source["sha256"] = hashlib.sha256((self._base / self.p.file).read_bytes()).hexdigest()
+        return {**names, **source, "maxvio_floor": floor}
 
     def _made(self, step: int, fresh: np.random.Generator | None) -> Batch:
         if self._recorded is not None:

@@ -69,8 +69,8 @@ def common_goal(runs: Sequence[Result], metric: str) -> float | None:
 
     Runs that end no better than they began (and those that observed nothing) have no say: they do not reach it.
     """
-    curves = [run.metrics[metric].to_numpy(float) for run in runs if not run.metrics.empty]
-    ends = [(float(values[0]), float(values[-1])) for values in curves if values[-1] < values[0]]
+    curves = [run.metrics[metric].dropna().to_numpy(float) for run in runs]  # it may have no value at the start
+    ends = [(float(v[0]), float(v[-1])) for v in curves if len(v) and v[-1] < v[0]]
     worst, start = max((last for _, last in ends), default=0.0), min((first for first, _ in ends), default=0.0)
     if not 0 < worst < start:
         return None

@@ -114,6 +114,7 @@ def _regret(axis: Axes, runs: list[Result]) -> None:
         axis.plot(
             steps[first:], predicted(law, steps[first:], middle[first]), "--", color=COLOURS[1], label="predicted"
         )
+    axis.set_ylabel("regret")
     axis.set_xscale("log")
     axis.grid(True, alpha=0.25, linewidth=0.6)
 
@@ -131,6 +132,7 @@ def _terms(axis: Axes, frame: pd.DataFrame) -> None:
     later = frame.iloc[1:]
     for place, (column, title) in enumerate(TERMS.items()):
         if column in later:
-            axis.plot(later["round"], later[column].clip(lower=1e-9), color=COLOURS[place], label=title, linewidth=1.1)
+            seen = later[column].where(later[column] > 1e-9)  # balance leaves rounding errors
+            axis.plot(later["round"], seen, color=COLOURS[place], label=title, linewidth=1.1)
     axis.set_yscale("log")
     axis.grid(True, alpha=0.25, linewidth=0.6)

@@ -343,6 +343,8 @@ def _refuse_missing(runs: Sequence[Result], column: str) -> None:
         columns = list(run.metrics.columns)
         if column not in columns:
             hint = did_you_mean(column, columns)
+            if column in FAMILIES:
+                hint = f" (it is recorded where record.metrics names '{column}.*')"
             raise InputError(
                 f"plot: column {column!r} was not recorded{hint}; {run.folder.name} has {', '.join(columns)}"
             )
@@ -361,6 +363,7 @@ def _default_goal(result: Result | StudyResult, metric: str) -> float | None:
 
 FORMATS = (".png", ".svg", ".pdf")
 OTHER_FORMATS = (".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".webp", ".bmp", ".eps", ".ps")
+FAMILIES = ("load", "bias")  # of experts: a column for each, recorded when asked for
 MANY = 1e4  # from which a cost is a large one
 BLOWN = 1e4  # how many times its start a metric may grow before it is out of view
 HUGE = 1e100
