@@ -156,7 +156,7 @@ def test_a_users_function_is_mapped_from_its_box(tmp_path, monkeypatch):
     assert p.values(x, np.array([2])).tolist() == [[199.0, 251.0, 201.0]]
     assert p.start(np.arange(3))[1].tolist() == [0.5, 0.2]
     (tmp_path / "script.py").write_text("raise SystemExit('run once more')")  # as a script without a guard would be
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     many = problem(3, tmp_path, kind="function", workers=2, **section)
     assert torch.equal(many.values(x.expand(3, -1, -1), np.arange(3)), p.values(x.expand(3, -1, -1), np.arange(3)))

@@ -120,7 +120,7 @@ def _curve(shown: Drawn, metric: str, cost: str) -> Picture | None:
 
 
 def _end(runs: list[Result], metric: str) -> str:
-    """Return the median over runs of the last value; infinite where they diverged."""
+    """Return the median over runs of the last value; enormous or infinite where they diverged."""
     return number(float(np.median([float(run.metrics[metric].iloc[-1]) for run in runs])))
 
 

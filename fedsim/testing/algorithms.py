@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,8 @@ class _Play:
         self.nodes = prepared.layout.nodes
         made = prepared.player()
         if self.rounds:
-            made._network = _Watched(made._network)  # pyright: ignore[reportAttributeAccessIssue]
+            network: Any = made._network  # pyright: ignore[reportAttributeAccessIssue]
+            network.answer = _Watched(network.answer).answer
         x0: Any = getattr(made, "_x0")  # noqa: B009 - as private as the network
         if self.apart:
             x0.mul_(torch.from_numpy(_sizes(len(self.nodes))[self.nodes]))
@@ -250,9 +251,9 @@ def _resumed(play: _Play, length: int) -> Player:
 
 def _state(player: Player) -> State:
     state = {name: np.array(value) for name, value in player.final().items()}
-    network = getattr(player, "_network", None)
-    if isinstance(network, _Watched):
-        network.refuse_modified()
+    watch = getattr(getattr(getattr(player, "_network", None), "answer", None), "__self__", None)
+    if isinstance(watch, _Watched):
+        watch.refuse_modified()
     counts = {f"count of {name}": np.array([value]) for name, value in player.counts.as_dict().items()}
     return {**state, "output": player.outputs().numpy().copy(), **counts}
 
@@ -278,15 +279,15 @@ def _difference(name: str, one: NDArray, other: NDArray, nodes: NDArray[np.int64
 
 
 class _Watched:
-    """A network that notices answers that were written to, whether by torch or behind its back."""
+    """Notices answers of a network that were written to, whether by torch or behind its back."""
 
-    def __init__(self, network: Any) -> None:
-        self._network = network
+    def __init__(self, answer: Callable[[list[Request]], list[Any]]) -> None:
+        self._answer = answer
         self._given: list[tuple[str, torch.Tensor | NDArray[Any], int, bytes]] = []
 
     def answer(self, requests: list[Request]) -> list[Any]:
         self.refuse_modified()
-        answers = self._network.answer(requests)
+        answers = self._answer(requests)
         what = type(requests[0]).__name__
         self._given = [(what, part, _version(part), _bits(part)) for each in answers for part in _parts(each)]
         return answers
