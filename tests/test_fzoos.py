@@ -363,15 +363,17 @@ def test_small_heterogeneous_quadratics_are_solved():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_envelope_of_the_default():
-    """d = 300, C = 5, l = 3: F(5) in [0.65, 1.05] where FedZO is in [1.9, 2.3]; without active queries F(10) > 2."""
+    """d = 300, C = 5, l = 3: F(5) in [0.65, 1.05] where FedZO is in [1.9, 2.3]; with none active F(10) > 2 on average."""
+    blind = []
     for seed in (1234, 1235):
         p = problem(dim=300, seed=seed)
         found, _ = losses(p, 5, seed, length_scale=3.0, features=3000)
         assert 0.65 < found[5] < 1.05
         zo = play("fedzo", p, 5, seed=seed).outputs()[:1]
         assert 1.9 < float(p.loss(zo, np.arange(5)).mean()) < 2.3
-    blind, _ = losses(problem(dim=300, seed=1234), 10, active=0, server_active=0, features=3000)
-    assert blind[10] > 2.0
+        found, _ = losses(p, 10, seed, active=0, server_active=0, length_scale=3.0, features=3000)
+        blind.append(found[10])
+    assert np.mean(blind) > 2.0
 
 
 @pytest.mark.slow
