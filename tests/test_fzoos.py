@@ -363,7 +363,7 @@ def test_small_heterogeneous_quadratics_are_solved():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_envelope_of_the_default():
-    """d = 300, C = 5, l = 3: F(5) in [0.65, 1.05] where FedZO is in [1.9, 2.3]; with none active F(10) > 2 on average."""
+    """d = 300, C = 5, l = 3: F(5) in [0.65, 1.05] where FedZO is in [1.9, 2.3]; F(10) > 2 with none active."""
     blind = []
     for seed in (1234, 1235):
         p = problem(dim=300, seed=seed)
