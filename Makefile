@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -p no:benchmark
 # Files of tests side by side on two cores; jobs of several processes come after them, one at a time.
-ASIDE  := -n 2 --dist loadfile --ignore tests/distributed
+ASIDE  := -n 2 --dist loadfile --ignore tests/distributed/test_faults.py --ignore tests/distributed/test_live.py
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-slow lint types bench clean
@@ -26,11 +26,11 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(ASIDE)
-	$(PYTEST) -m "not slow" tests/distributed
+	$(PYTEST) -m "not slow" tests/distributed/test_faults.py tests/distributed/test_live.py
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow $(ASIDE)
-	$(PYTEST) -m slow tests/distributed
+	$(PYTEST) -m slow tests/distributed/test_faults.py tests/distributed/test_live.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

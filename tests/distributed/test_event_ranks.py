@@ -71,7 +71,7 @@ def alone(tmp_path_factory):
     return fedsim.run(folder / "s.yaml", folder=folder / "out"), folder / "s.yaml"
 
 
-@pytest.mark.parametrize(("kind", "size"), [pytest.param("mpi", 4, marks=needs_mpi), ("torch", 3)])
+@pytest.mark.parametrize(("kind", "size"), [pytest.param("mpi", 4, marks=[needs_mpi, pytest.mark.slow]), ("torch", 3)])
 def test_events_over_ranks_have_the_digests_of_one_process(alone, tmp_path, kind, size):
     """Compiled, waved, dual and user-written events end in the same bits and counts on any number of processes."""
     here, file = alone

@@ -63,8 +63,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "size"),
     [
-        pytest.param("mpi", 2, marks=[needs_mpi, pytest.mark.slow]),
-        pytest.param("mpi", 4, marks=needs_mpi),
+        pytest.param("mpi", 2, marks=needs_mpi),
+        pytest.param("mpi", 4, marks=[needs_mpi, pytest.mark.slow]),
         ("torch", 2),
     ],
 )
