@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fedsim.topology.cache import folder
+
 PACKAGES = ("fedsim", "torch", "numpy", "scipy", "numba", "networkx", "cvxpy", "pandas", "pyarrow", "mpi4py")
 
 
@@ -23,7 +25,7 @@ def examine() -> dict[str, Any]:
     problems = [
         f"{name} is missing: pip install {name}" for name, v in versions.items() if v is None and name != "mpi4py"
     ]
-    cache = Path(os.environ.get("FEDSIM_CACHE", Path.home() / ".cache" / "fedsim"))
+    cache = folder()
     if not _writable(cache):
         problems.append(f"the cache {cache} is not writable: set FEDSIM_CACHE to a folder that is")
     if not _writable(Path(os.environ.get("NUMBA_CACHE_DIR", Path(__file__).parent))):

@@ -1,10 +1,9 @@
 """Route: rows addressed to nodes, against a list of items per node; any block, any number of ranks."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
+from threads import in_ranks
 
 from fedsim.algorithms.requests import Route
 from fedsim.engine.counts import Counts
@@ -15,24 +14,6 @@ from fedsim.errors import RunError
 from fedsim.topology.topology import Topology
 
 N, DIM = 7, 3
-
-
-class Ranks:
-    """Threads that stand for ranks and hand each other buffers."""
-
-    kind, moved = "threads", 0
-
-    def __init__(self, rank, size, desk, barrier):
-        self.rank, self.size, self._desk, self._barrier = rank, size, desk, barrier
-
-    def all_to_all(self, sends, lengths, expected):
-        for peer, part in enumerate(np.split(sends, np.cumsum(lengths)[:-1])):
-            self._desk[self.rank, peer] = part.copy()
-        self._barrier.wait()
-        parts = [self._desk[peer, self.rank] for peer in range(self.size)]
-        self._barrier.wait()
-        assert [len(p) for p in parts] == expected
-        return np.concatenate(parts)
 
 
 def items(seed, dtype=torch.float64, most=6):
@@ -54,37 +35,26 @@ def expected(sent):
 
 def played(sent, topology, size=1, block=N):
     """Return what every node number gets, and the counts added up over ranks."""
-    got, totals, desk, errors = {}, [], {}, []
-    barrier = threading.Barrier(size)
 
-    def rank_plays(rank):
-        try:
-            layout = Layout(topology, transport=Ranks(rank, size, desk, barrier) if size > 1 else None)
-            blocks = [slice(b, min(b + block, layout.rows)) for b in range(0, layout.rows, block)]
-            counts = Counts()
-            network = LocalNetwork(layout, blocks, {}, counts)
-            requests = []
-            for rows in blocks:
-                own = [sent[node] for node in layout.nodes[rows]]
-                source = np.repeat(np.arange(len(own)), [len(to) for _, to in own])
-                requests.append(Route(torch.cat([v for v, _ in own]), np.concatenate([t for _, t in own]), source))
-            for rows, answer in zip(blocks, network.answer(requests), strict=True):
-                for row, node in enumerate(layout.nodes[rows]):
-                    a, b = answer.offsets[row], answer.offsets[row + 1]
-                    got[int(node)] = answer.values[a:b].clone(), answer.source[a:b].copy()
-            totals.append(counts.as_dict())
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
+    def rank_plays(transport):
+        layout = Layout(topology, transport=transport)
+        blocks = [slice(b, min(b + block, layout.rows)) for b in range(0, layout.rows, block)]
+        counts, got = Counts(), {}
+        network = LocalNetwork(layout, blocks, {}, counts)
+        requests = []
+        for rows in blocks:
+            own = [sent[node] for node in layout.nodes[rows]]
+            source = np.repeat(np.arange(len(own)), [len(to) for _, to in own])
+            requests.append(Route(torch.cat([v for v, _ in own]), np.concatenate([t for _, t in own]), source))
+        for rows, answer in zip(blocks, network.answer(requests), strict=True):
+            for row, node in enumerate(layout.nodes[rows]):
+                a, b = answer.offsets[row], answer.offsets[row + 1]
+                got[int(node)] = answer.values[a:b].clone(), answer.source[a:b].copy()
+        return got, counts.as_dict()
 
-    threads = [threading.Thread(target=rank_plays, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return got, {k: sum(t[k] for t in totals) for k in totals[0]}
+    parts = in_ranks(size, rank_plays)
+    totals = [counts for _, counts in parts]
+    return {k: v for got, _ in parts for k, v in got.items()}, {k: sum(t[k] for t in totals) for k in totals[0]}
 
 
 def orders():

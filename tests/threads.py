@@ -37,7 +37,9 @@ class ThreadTransport(Transport):
         ends = np.cumsum(lengths)
         for peer, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             self._mail[peer][self.rank].put(sends[end - length : end].copy())
-        return np.concatenate([self._mail[self.rank][peer].get(timeout=60) for peer in range(self.size)])
+        parts = [self._mail[self.rank][peer].get(timeout=60) for peer in range(self.size)]
+        assert [len(part) for part in parts] == list(expected)
+        return np.concatenate(parts)
 
     def broadcast(self, buffer, root=0):
         return self.all_gather(np.zeros(0, np.uint8) if buffer is None else buffer)[root]

@@ -97,17 +97,10 @@ class DeviceNetwork(LocalNetwork):
         return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
-        offsets, columns, _ = self._matrix("adjacency")
+        self._matrix("adjacency")
         everything, wait = self._bring(requests)
         wait()
-        nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
-        answers = []
-        for rows in self._blocks:
-            begin, end = offsets[rows.start], offsets[rows.stop]
-            chosen = columns[begin:end]
-            local = offsets[rows.start : rows.stop + 1] - begin
-            answers.append(Gathered(everything[torch.from_numpy(chosen).to(self._device)], local, nodes[chosen]))
-        return answers
+        return self._neighbours(lambda chosen: everything[torch.from_numpy(chosen).to(self._device)])
 
     def _bring(self, requests: list[Any]) -> tuple[torch.Tensor, Callable[[], None]]:
         """Return own rows, then the ghosts', which are there after a wait."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,7 +133,7 @@ class LocalNetwork:
         return 0, np.concatenate([v.data_ptr() + steps[: len(v)] for v in values])
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
-        offsets, columns, _ = self._matrix("adjacency")
+        self._matrix("adjacency")
         values = [dense(r.v).detach().contiguous() for r in requests]
         self._charge_edges(requests, values)
         base, addresses = self._addresses(values)
@@ -141,13 +141,17 @@ class LocalNetwork:
         if far is not None:
             far.finish()
             addresses = np.concatenate([addresses, far.addresses - base])
+        return self._neighbours(lambda chosen: rows_at(base + addresses[chosen], values[0]))
+
+    def _neighbours(self, rows_of: Callable[[NDArray[np.int64]], torch.Tensor]) -> list[Gathered]:
+        """Return each block's neighbours, whose rows `rows_of` takes from own rows and, behind them, ghosts."""
+        offsets, columns, _ = self._csr["adjacency"]
         nodes = np.concatenate([self._layout.nodes, self._ghosts.nodes])
         answers = []
         for rows in self._blocks:
             begin, end = offsets[rows.start], offsets[rows.stop]
             chosen = columns[begin:end]
-            local = offsets[rows.start : rows.stop + 1] - begin
-            answers.append(Gathered(rows_at(base + addresses[chosen], values[0]), local, nodes[chosen]))
+            answers.append(Gathered(rows_of(chosen), offsets[rows.start : rows.stop + 1] - begin, nodes[chosen]))
         return answers
 
     def _sum(self, requests: list[Any], mean: bool) -> list[torch.Tensor]:
