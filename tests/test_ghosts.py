@@ -6,14 +6,18 @@ import torch
 from threads import in_ranks
 
 from fedsim.algorithms.requests import Gather, Mix
+from fedsim.compression.compressors import build as build_compressor
+from fedsim.engine.accelerator import DeviceNetwork
 from fedsim.engine.counts import Counts
 from fedsim.engine.ghosts import Ghosts
 from fedsim.engine.layout import Layout
 from fedsim.engine.mixing import by_position
 from fedsim.engine.network import LocalNetwork
+from fedsim.engine.streams import RoundDraws, Streams
 from fedsim.errors import RunError
 from fedsim.topology.build import build
 from fedsim.topology.mixing import mixing_matrix
+from fedsim.transport.links import ThroughHost
 
 GRAPHS = ["path:n=12", "torus:4,5", "star:n=9", "random_regular:n=16,degree=4,seed=1", "complete:n=7"]
 
@@ -71,3 +75,35 @@ def test_ranks_that_ask_for_different_things_are_told_apart():
     other = lambda x: Mix(x, "adjacency")
     with pytest.raises(RunError, match=r"rank \d asks for Mix.* rank \d for something else"):
         in_ranks(2, lambda transport: asked(topology, transport, other if transport.rank else Mix))
+
+
+def copied(topology, transport, device=False):
+    """Return what four mixings of moved copies give, forgotten after two, and the bytes that each one took."""
+    layout = Layout(topology, transport=transport)
+    blocks = [slice(0, layout.rows)]
+    parts = layout, blocks, {"W": mixing_matrix(topology)}, Counts()
+    network = DeviceNetwork(*parts, torch.device("cpu"), ThroughHost(transport)) if device else LocalNetwork(*parts)
+    compressor, streams = build_compressor({"kind": "top_k", "k": 2}, "c"), Streams(0)
+    x = torch.from_numpy(layout.nodes[:, None] + np.linspace(0.1, 0.7, 64))
+    found, took = [], []
+    for k in range(4):
+        if k == 2:
+            network.forget()
+        packet = compressor.compress(0.3 * x, RoundDraws(streams, layout.nodes, k), "x", (64,))
+        x, before = x + packet.dense, transport.moved if transport else 0
+        found.append(network.answer([Mix(packet, copies=x, name="x")])[0])
+        took.append(transport.moved - before if transport else 0)
+    return torch.stack(found, dim=1), took
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_copies_over_ranks_are_those_of_one_process_and_packets_alone_travel(size, device):
+    """Every rank moves its neighbours' copies itself; whole ones come at first, and after they were forgotten."""
+    topology = build("torus:4,5")
+    alone, _ = copied(topology, None)
+    parts = in_ranks(size, lambda transport: copied(topology, transport, device))
+    assert torch.equal(torch.cat([rows for rows, _ in parts]), alone)
+    for _, took in parts:
+        assert took[0] == took[2] > 3 * took[1]
+        assert took[1] == took[3]
