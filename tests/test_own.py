@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import fedsim
 import fedsim.testing
 from fedsim.describe import describe
 from fedsim.errors import InputError
+from fedsim.problems.quadratic import Quadratic
 from fedsim.scenario import load_study, override
 
 HUBER = """
@@ -251,3 +254,22 @@ def test_a_class_that_breaks_bit_equality_runs_and_the_result_says_so(tmp_path, 
     notes = [note for note in result.facts["notes"] if "may depend on block and ranks" in note]
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+def test_gradients_that_take_long_are_not_looked_at_before_the_run(tmp_path):
+    """One's own problem of 0.2 s a gradient is asked for two of them, not for a hundred, before it plays."""
+    asked = []
+
+    class Dear(Quadratic):
+        """Takes long, until the run begins."""
+
+        def gradient(self, x, nodes, batch=None):
+            asked.append(len(x))
+            time.sleep(0.0 if len(asked) > 2 else 0.2)
+            return super().gradient(x, nodes, batch)
+
+    problem = Dear(np.tile(np.eye(3), (6, 1, 1)), np.ones((6, 3)))
+    given = {"algorithm": {"kind": "dpsgd", "eta": 0.1, "batch": None}, "schedule": {"horizon": 2}}
+    fedsim.run(topology=nx.cycle_graph(6), problem=problem, **given, folder=tmp_path / "run")
+    assert asked[:2] == [1, 1]
+    assert len(asked) == 2 + 2

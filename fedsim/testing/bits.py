@@ -6,6 +6,8 @@ what is likely to show; `fedsim.testing.check` looks longer.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fedsim.problems.problem import Problem
 
 ROWS, POINTS, SEEDS, ROUNDS = 7, 4, 32, 4  # a last bit differs in one number of a hundred, or fewer
+CALLS, SECONDS = 4, 2.0  # gradients of every row at a point, and how long looks at a problem may take
 SMALL = 100_000  # numbers in the state of a problem that an algorithm is looked at on; else the default one
 
 
@@ -40,8 +43,23 @@ def broken_bits(p: Prepared) -> str | None:
 def _of_problem(problem: Problem) -> str | None:
     if _is_ours(problem) or not problem.has_gradient:
         return None
-    draws = np.random.default_rng(0).standard_normal((POINTS, min(ROWS, problem.n), problem.dim))
-    return _words(lambda: [check_rows(problem, torch.from_numpy(x).to(problem.dtype)) for x in draws])
+    rows = min(ROWS, problem.n)
+    draws = np.random.default_rng(0).standard_normal((POINTS, rows, problem.dim))
+    affordable = int(SECONDS / (CALLS * rows * _seconds(problem)))
+    return _words(lambda: [check_rows(problem, torch.from_numpy(x).to(problem.dtype)) for x in draws[:affordable]])
+
+
+def _seconds(problem: Problem) -> float:
+    """Return how long the gradient of one row takes, the second time it is asked for; infinite where it fails."""
+    x, took = torch.zeros(1, problem.dim, dtype=problem.dtype), 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        try:
+            problem.gradient(x, np.zeros(1, np.int64))
+        except Exception:
+            return math.inf
+        took = time.perf_counter() - begin
+    return took
 
 
 def _of_algorithm(algorithm: Algorithm, problem: Problem) -> str | None:
@@ -49,7 +67,8 @@ def _of_algorithm(algorithm: Algorithm, problem: Problem) -> str | None:
         return None
     from fedsim.testing import default_problem
 
-    own = [problem] if problem.n * problem.dim <= SMALL else []
+    small = problem.has_gradient and problem.n * problem.dim <= SMALL  # values of a black box are dear
+    own = [problem] if small and _seconds(problem) * problem.n * SEEDS < SECONDS else []
     if isinstance(algorithm, EventAlgorithm):
         on = (own or [default_problem(ROWS)])[0]
         return _words(lambda: [check_functions(algorithm, on, seed, min(ROWS, on.n)) for seed in range(SEEDS)])
