@@ -75,9 +75,13 @@ def _after_typer(trace: TracebackType | None) -> TracebackType | None:
 
 @contextmanager
 def _summarised(as_json: bool) -> Iterator[None]:
-    """Print the one object of `--json` for a run that failed or was interrupted, too: its status says so."""
-    from fedsim.errors import InputError
-    from fedsim.results.result import load
+    """Print the one object of `--json` for a run that failed or was interrupted, too: its status says so.
+
+    An interruption becomes an error that keeps the folder; typer would make a mere exit code of it.
+    """
+    from fedsim.errors import InputError, RunError
+    from fedsim.results.folder import RUN
+    from fedsim.results.result import STUDY, load
 
     try:
         yield
@@ -86,6 +90,10 @@ def _summarised(as_json: bool) -> Iterator[None]:
         if as_json and folder is not None and not isinstance(error, InputError) and _leads():
             with suppress(InputError):  # it ended before there was anything to read
                 print(to_json(load(folder).summary()))
+        if isinstance(error, KeyboardInterrupt) and folder and any((folder / name).exists() for name in (RUN, STUDY)):
+            interrupted = RunError("interrupted")
+            interrupted.folder = folder  # type: ignore[attr-defined]
+            raise interrupted from error
         raise
 
 
@@ -158,7 +166,10 @@ def sweep(
         found = sweeping.numbered(load_study(scenario, overrides=overrides, short=short))
         print(to_json(found) if as_json else "\n".join(f"{k} {a}-{b}" for k, (a, b) in found.items()))
         return
-    with cells_shown(not (no_progress or as_json)) as progress:
+    with (
+        _summarised(as_json and cell is None),
+        cells_shown(not (no_progress or as_json)) as progress,
+    ):
         result = sweeping.sweep(scenario, overrides=overrides, short=short, folder=folder, cell=cell, progress=progress)
     if not _leads():
         return

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedsim.problems.problem import Problem
 
 BUILT_IN = ("distance", "consensus", "loss", "stationarity")
+HELD_OUT = ("test_loss", "test_accuracy", "node_test_loss", "node_test_accuracy")
 
 
 class Observer:
@@ -111,6 +112,8 @@ class Observer:
         for name in self.names:
             if name not in allowed and not self._is_of_a_node(name):
                 hint = did_you_mean(name, allowed)
+                if name.partition(".")[0] in HELD_OUT:
+                    hint = " (metrics of held-out records need data.held_out and a problem of kind module)"
                 raise InputError(f"record.metrics: {name!r} is unknown{hint}; this problem has {', '.join(allowed)}")
         if "distance" in self.names and self._optimum is None:
             raise InputError(

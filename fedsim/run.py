@@ -100,7 +100,7 @@ def run(
 
         return play_sweep(study, folder, live, progress)
     root = Path(made_by_rank_0(lambda: {"root": str(_usable(folder, study.name))}, transport)["root"])
-    with _belongs_to(root, own=not folder):
+    with belongs_to(root, own=not folder):
         if len(study.runs) == 1:
             return run_one(study.runs[0], root, live, progress=progress)
         return run_study(study, root, live, progress)
@@ -124,7 +124,7 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
 
         return go_on(found, progress)
     waiting = [(laid_out(result.folder), result.folder) for result in found.runs if result.status != "finished"]
-    with _belongs_to(found.folder, own=False):
+    with belongs_to(found.folder, own=False):
         for scenario, place in waiting:
             run_one(scenario, place, progress=progress, again=True)
     if isinstance(found, StudyResult):
@@ -227,7 +227,8 @@ def run_one(
         facts["status"] = "interrupted"
         raise
     except BaseException as error:
-        facts.update(status="failed", error=str(error), diverged=isinstance(error, Diverged))
+        message = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
+        facts.update(status="failed", error=message, diverged=isinstance(error, Diverged))
         raise
     finally:
         if guard is not None:
@@ -502,7 +503,7 @@ def _usable(folder: str | Path | None, name: str) -> Path:
 
 
 @contextmanager
-def _belongs_to(root: Path, own: bool) -> Iterator[None]:
+def belongs_to(root: Path, own: bool) -> Iterator[None]:
     """Have every exception know the folder of what was run; leave none behind that a mistake left empty."""
     try:
         yield

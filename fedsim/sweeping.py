@@ -13,6 +13,7 @@ from fedsim.job import connected, made_by_rank_0
 from fedsim.prepare import Live, prepare
 from fedsim.results.folder import RUN, from_json, to_json, write_whole
 from fedsim.results.result import STUDY, Result, StudyResult
+from fedsim.run import belongs_to
 from fedsim.side_by_side import has_ended, lay_out, play_all, play_folder
 from fedsim.tuning import Choice, as_facts, choose
 
@@ -68,16 +69,17 @@ def play_sweep(
     root = Path(folder or Path("runs") / study.name)
     _refuse_foreign(root)
     _refuse_hopeless(study)
-    _begin(study, root)
-    first, second = _stages(study, root)
-    if cell is not None:
-        _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
-    else:
-        told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
-        _play(first, told)
-        if study.select:
-            _play(second(), told)
-    return _finish(study, root)
+    with belongs_to(root, own=False):
+        _begin(study, root)
+        first, second = _stages(study, root)
+        if cell is not None:
+            _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
+        else:
+            told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
+            _play(first, told)
+            if study.select:
+                _play(second(), told)
+        return _finish(study, root)
 
 
 def go_on(found: StudyResult, progress: Progress | None) -> StudyResult:

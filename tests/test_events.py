@@ -7,6 +7,7 @@ import pytest
 import torch
 from event_cases import Squares, Table, events, random_squares, ring, three_variables
 
+import fedsim.testing
 from fedsim.algorithms.algorithm import EventAlgorithm, Sampling
 from fedsim.algorithms.continuized import Continuized
 from fedsim.algorithms.dadao import DADAO
@@ -318,6 +319,34 @@ def test_a_nonlinear_algorithm_that_is_linear_equals_its_table():
         run.advance(10)
     assert np.array_equal(by_table.state.v, by_rows.state.v)
     assert isinstance(by_table._algorithm, Table)
+
+
+@pytest.mark.parametrize(
+    ("function", "body"),
+    [
+        ("start", lambda self, x0: {"x": x0}),
+        ("gradient", lambda self, v, g, count: {"x": v["x"] - 0.1 * g}),
+        ("gossip", lambda self, v, own, other: {"x": v["x"] + (other - own) / 2}),
+    ],
+)
+def test_a_function_of_rows_that_forgets_a_variable_is_named(function, body):
+    """An own start, gradient or gossip that returns only what it changed is told which variable lacks."""
+    forgetful = type("Forgetful", (ClippedMomentum,), {function: body})
+    problem, topology, rates = random_squares(7, 3, records=6), ring(7), np.full(7, 2.0)
+    x0 = torch.zeros(7, 3, dtype=torch.float64)
+    run = Events(forgetful(), RunSetting(problem, topology, rates), problem, Layout(topology), rates, x0, 1)
+
+    def play():
+        run.start()
+        run.advance(5)
+
+    with pytest.raises(RunError, match=f"Forgetful.{function} returned x without b: every variable is needed"):
+        play()
+
+
+def test_the_check_of_an_own_class_calls_its_start_with_what_it_takes():
+    """`fedsim.testing.check` takes an asynchronous class whose start needs no gradients, as the guide writes it."""
+    assert "same bits" in str(fedsim.testing.check(ClippedMomentum()))
 
 
 def test_the_clocks_go_on_after_a_trace():

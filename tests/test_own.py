@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
@@ -13,7 +14,7 @@ from cases import quadratic
 import fedsim
 import fedsim.testing
 from fedsim.describe import describe
-from fedsim.errors import InputError
+from fedsim.errors import InputError, RunError
 from fedsim.problems.quadratic import Quadratic
 from fedsim.scenario import load_study, override
 
@@ -103,6 +104,10 @@ class Event(fedsim.EventAlgorithm):
         return v["x"]
     def gossip(self, v, own, other):
         return {"x": v["x"] - (own - other) / 2}
+
+class Plain(Event):
+    def start(self, x0):
+        return {"x": x0}
 """
 
 SCENARIO = {
@@ -111,6 +116,18 @@ SCENARIO = {
     "algorithm": {"kind": "dpsgd", "eta": 0.01, "batch": None},
     "schedule": {"horizon": 3},
 }
+
+
+@dataclass
+class State:
+    x: fedsim.Rows
+
+
+class Averaging(fedsim.SyncAlgorithm):
+    kind, paper, provenance = "averaging", "none", "reconstruction"
+
+    async def start(self, x0, f, rng):
+        return State(x0)
 
 
 @pytest.fixture
@@ -178,6 +195,47 @@ def test_the_traceback_of_ones_own_mistake_begins_in_fedsim(beside):
     assert "typer/" not in done.stderr
 
 
+def test_a_state_without_a_row_per_node_is_refused_by_name(tmp_path):
+    """A round that loses the axis of nodes is told the field, its shape and the rows; run.json says so, too."""
+
+    class Flat(Averaging):
+        async def round(self, s, k, f, rng):
+            return State((await fedsim.Mix(s.x)).mean(dim=0))
+
+    given = {"topology": {"kind": "ring", "n": 6}, "problem": {"kind": "quadratic", "dim": 3}}
+    words = r"State.x has shape \(3,\) after round 1; one row per node is needed, and this block has 6"
+    with pytest.raises(RunError, match=words):
+        fedsim.run(**given, algorithm=Flat(), schedule={"horizon": 2}, folder=tmp_path / "run")
+    assert "State.x has shape" in fedsim.load(tmp_path / "run").facts["error"]
+
+
+def test_run_json_says_what_kind_of_error_ones_own_code_raised(tmp_path):
+    """The message of a KeyError is a bare key; `run.json` names the exception beside it."""
+
+    class Asks(Averaging):
+        async def round(self, s, k, f, rng):
+            return {}["momentum"]
+
+    given = {"topology": {"kind": "ring", "n": 6}, "problem": {"kind": "quadratic", "dim": 3}}
+    with pytest.raises(KeyError):
+        fedsim.run(**given, algorithm=Asks(), schedule={"horizon": 2}, folder=tmp_path / "run")
+    assert fedsim.load(tmp_path / "run").facts["error"] == "KeyError: 'momentum'"
+
+
+def test_metrics_of_held_out_records_say_what_they_need():
+    """A regression that asks for `test_accuracy` is told which problems have it, not only that it is unknown."""
+    data = {"kind": "breast_cancer", "held_out": 0.2}
+    scenario = {
+        "topology": {"kind": "ring", "n": 5},
+        "problem": {"kind": "logistic", "l2": 0.1, "data": data},
+        "algorithm": {"kind": "dpsgd", "eta": 0.1},
+        "schedule": {"horizon": 2},
+        "record": {"metrics": ["test_accuracy"]},
+    }
+    with pytest.raises(InputError, match=r"held-out records need data\.held_out and a problem of kind module"):
+        fedsim.check(scenario)
+
+
 def test_another_file_keeps_what_reads_it():
     """`problem.data.file=...` changes the file only; `topology.file=...` stands for another topology."""
     content = {"topology": {"kind": "ring", "n": 4}, "problem": dict(SCENARIO["problem"])}
@@ -231,6 +289,7 @@ def test_public_functions_outlive_the_import_of_their_modules():
         (lambda own: {"problem": own.Breaks()}, ["own problem: gradient of node 0 is different"]),
         (lambda own: {"algorithm": own.Wrong()}, ["own algorithm: x of node"]),
         (lambda own: {"algorithm": own.Event()}, ["own algorithm: gradient: x of node 0 is different"]),
+        (lambda own: {"algorithm": own.Plain()}, ["own algorithm: gradient: x of node 0 is different"]),
         (lambda own: {"algorithm": own.Wrong(bad=False)}, []),
         (lambda own: {}, []),
     ],

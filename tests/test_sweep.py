@@ -321,13 +321,15 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
     }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(scenario))
     command = [sys.executable, "-m", "fedsim", "sweep", str(tmp_path / "s.yaml"), "--folder", str(tmp_path / "out")]
-    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (tmp_path / "said").open("w") as said:
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
     until = time.monotonic() + 120
     while time.monotonic() < until and not [*tmp_path.glob("out/*/metrics.arrows")]:
         time.sleep(0.02)
     time.sleep(0.5)
     os.kill(job.pid, signal.SIGINT)
     assert job.wait(60) == 1
+    assert f"`fedsim resume {tmp_path / 'out'}` goes on" in (tmp_path / "said").read_text()
     study = fedsim.load(tmp_path / "out")
     states = [run.status for run in study.runs]
     assert "interrupted" in states

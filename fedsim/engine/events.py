@@ -34,6 +34,8 @@ PlayerName = Literal["auto", "plain", "kernel", "waves"]
 Reals = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+GRADIENTS = ("gradient", "mean_gradient")  # what a start may take after x0
+
 
 class Events:
     """A `Player` of events; see `fedsim.engine.player`. The unit of time is one gradient per node.
@@ -147,6 +149,7 @@ class Events:
             assert isinstance(self._algorithm, EventAlgorithm)
             given = {"gradient": gradient, "mean_gradient": mean}
             first = self._algorithm.start(x0, **{name: given[name] for name in takes})
+            plain.refuse_missing(self._algorithm, "start", first)
             return torch.stack([first[name].expand_as(x0) for name in self._algorithm.variables], dim=1).numpy()
         v = np.empty((len(x0), table.k, x0.shape[1]), x0.numpy().dtype)
         for a, weights in enumerate(table.start):
@@ -155,18 +158,10 @@ class Events:
 
     def _start_takes(self) -> list[str]:
         """Return which gradients the start takes: only these are computed, and charged."""
-        names = ["gradient", "mean_gradient"]
         if self._table is not None:
-            return [name for column, name in enumerate(names, start=1) if self._table.start[:, column].any()]
+            return [name for column, name in enumerate(GRADIENTS, start=1) if self._table.start[:, column].any()]
         assert isinstance(self._algorithm, EventAlgorithm)
-        taken = list(signature(self._algorithm.start).parameters)[1:]
-        for name in taken:
-            if name not in names:
-                who = type(self._algorithm).__name__
-                raise InputError(
-                    f"{who}.start: parameter {name!r} is unknown; after x0 it may take {names[0]}, {names[1]}"
-                )
-        return taken
+        return gradients_taken(self._algorithm)
 
     def _mean(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean over all nodes `[1, dim]`; charged as a sum: every node sends one row and receives one."""
@@ -399,3 +394,15 @@ class Events:
 def _earlier(batch: Batch, time: float) -> int:
     """Return how many events whose first end is here come before a time."""
     return int(np.count_nonzero((batch.a >= 0) & (batch.time < time)))
+
+
+def gradients_taken(algorithm: EventAlgorithm) -> list[str]:
+    """Return which gradients an own start takes: the parameters after `x0`; InputError where one is unknown."""
+    taken = list(signature(algorithm.start).parameters)[1:]
+    for name in taken:
+        if name not in GRADIENTS:
+            raise InputError(
+                f"{type(algorithm).__name__}.start: parameter {name!r} is unknown; after x0 it may take "
+                f"{', '.join(GRADIENTS)}"
+            )
+    return taken

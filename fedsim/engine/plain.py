@@ -231,7 +231,7 @@ class FunctionRules:
     def flow(self, v: Reals, elapsed: float) -> None:
         """The algorithm's own flow."""
         if elapsed != 0.0:
-            self._set(v, self._algorithm.flow(self._rows(v), torch.full((1, 1), elapsed, dtype=torch.float64)))
+            self._set(v, "flow", self._algorithm.flow(self._rows(v), torch.full((1, 1), elapsed, dtype=torch.float64)))
 
     def point(self, v: Reals) -> Reals:
         """The algorithm's own point."""
@@ -240,7 +240,7 @@ class FunctionRules:
     def gradient(self, v: Reals, g: Reals, count: int) -> Reals:
         """The algorithm's own gradient event."""
         number = torch.full((1, 1), count, dtype=torch.int64)
-        self._set(v, self._algorithm.gradient(self._rows(v), torch.from_numpy(g[None]), number))
+        self._set(v, "gradient", self._algorithm.gradient(self._rows(v), torch.from_numpy(g[None]), number))
         return v
 
     def message(self, v: Reals, row: int) -> Reals:
@@ -254,15 +254,26 @@ class FunctionRules:
     def gossip(self, v: Reals, own: Reals, other: Reals, edge: int) -> None:
         """The algorithm's own gossip event."""
         sent, received = torch.from_numpy(own[None]), torch.from_numpy(other[None])
-        self._set(v, self._algorithm.gossip(self._rows(v), sent, received))
+        self._set(v, "gossip", self._algorithm.gossip(self._rows(v), sent, received))
 
     def _rows(self, v: Reals) -> dict[str, torch.Tensor]:
         return rows_by_name(self._algorithm.variables, v[None])
 
-    def _set(self, v: Reals, new: dict[str, torch.Tensor]) -> None:
+    def _set(self, v: Reals, function: str, new: dict[str, torch.Tensor]) -> None:
+        refuse_missing(self._algorithm, function, new)
         values = [new[name][0].numpy().copy() for name in self._algorithm.variables]
         for a, value in enumerate(values):
             v[a] = value
+
+
+def refuse_missing(algorithm: EventAlgorithm, function: str, new: dict[str, torch.Tensor]) -> None:
+    """Refuse what an own function returned without a value for every variable; RunError names those that lack one."""
+    lacking = [name for name in algorithm.variables if name not in new]
+    if lacking:
+        raise RunError(
+            f"{type(algorithm).__name__}.{function} returned {', '.join(new) or 'nothing'} without "
+            f"{', '.join(lacking)}: every variable is needed, those left as they were too"
+        )
 
 
 def rows_by_name(variables: tuple[str, ...], v: Reals) -> dict[str, torch.Tensor]:

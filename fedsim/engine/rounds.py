@@ -323,6 +323,12 @@ class Rounds:
         for state, oracle in zip(self._states, self._oracles, strict=True):
             for name, is_rows in _fields(type(state)).items():
                 value = getattr(state, name)
+                rows = len(oracle.nodes)
+                if is_rows and isinstance(value, torch.Tensor) and (value.dim() == 0 or len(value) != rows):
+                    raise RunError(
+                        f"{type(state).__name__}.{name} has shape {tuple(value.shape)} after round {self._round};"
+                        f" one row per node is needed, and this block has {rows}"
+                    )
                 if not isinstance(value, torch.Tensor) or not value.is_floating_point() or bool(value.isfinite().all()):
                     continue
                 bad = ~value.reshape(len(value), -1).isfinite().all(dim=1)

@@ -186,6 +186,7 @@ def check_rounds(algorithm: SyncAlgorithm, problem: Problem, rounds: int) -> Non
 
 def check_functions(algorithm: EventAlgorithm, problem: Problem, seed: int, rows: int) -> None:
     """Hold each function of so many rows to its rows: any block gives the bits that all rows give together."""
+    from fedsim.engine.events import gradients_taken
     from fedsim.engine.streams import RoundDraws, Streams
 
     draws = RoundDraws(Streams(seed), np.arange(rows), 0)
@@ -198,7 +199,7 @@ def check_functions(algorithm: EventAlgorithm, problem: Problem, seed: int, rows
     x0, g, other, mean = drawn("start"), drawn("gradient"), drawn("message"), drawn("mean")[:1]
     time, count = draws.uniform("elapsed", 1), draws.integers("count", 1, 100)
     calls: dict[str, tuple[Argument, ...]] = {
-        "start": (x0, g, mean),
+        "start": (x0, *({"gradient": g, "mean_gradient": mean}[taken] for taken in gradients_taken(algorithm))),
         "flow": (v, time),
         "point": (v,),
         "gradient": (v, g, count),
