@@ -222,6 +222,7 @@ def run_one(
         facts["digest"] = final_digest(prepared, player)
         facts.update(player.facts())
         facts["wire_bytes"] = layout.transport.moved
+        facts["notes"] += journal.grown() if journal else []
         facts["status"] = "finished"
     except (KeyboardInterrupt, Stopped):
         facts["status"] = "interrupted"

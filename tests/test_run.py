@@ -608,3 +608,18 @@ def test_a_bound_is_rate_only_where_the_way_of_playing_breaks_it(tmp_path):
     for precision in (0, -1, 1, float("nan")):
         with pytest.raises(InputError, match="a number between 0 and 1"):
             fedsim.check(EVENTS, precision=precision)
+
+
+def test_a_run_that_ends_far_away_is_finished_and_says_so(tmp_path):
+    """A step that is too long for so few rounds leaves finite numbers; the result's notes tell a reader."""
+    given = {
+        "topology": {"kind": "ring", "n": 4},
+        "problem": {"kind": "quadratic", "dim": 3},
+        "schedule": {"horizon": 12},
+    }
+    notes = []
+    for eta in (0.1, 10.0):
+        scenario = {**given, "algorithm": {"kind": "dpsgd", "eta": eta, "batch": None}}
+        notes.append(fedsim.run(scenario, folder=tmp_path / str(eta)).facts["notes"])
+    assert notes[0] == []
+    assert re.fullmatch(r"distance ends at \S+ and began at \S+: the run diverges", notes[1][-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from fedsim.results.recorder import Recorder
 
 if TYPE_CHECKING:
     from fedsim.scenario import Scenario
+
+FAR = 1e6
 
 
 class Journal:
@@ -60,6 +63,16 @@ class Journal:
         assert self._recorder is not None
         with self._told():
             self._files.save_checkpoint(arrays, {"rows": len(self._recorder), "wall_seconds": wall})
+
+    def grown(self) -> list[str]:
+        """Return a note where a run that came to its end has gone far away from where it began."""
+        assert self._recorder is not None
+        first, last = self._recorder.first, self._recorder.last
+        for name in ("distance", "loss"):
+            begin, end = first.get(name), last.get(name)
+            if begin is not None and end is not None and end > FAR * abs(begin) > 0 and math.isfinite(end):
+                return [f"{name} ends at {end:.3g} and began at {begin:.3g}: the run diverges"]
+        return []
 
     def note(self, facts: dict[str, Any]) -> None:
         """Write what is known of a run that is about to be ended from outside, by whoever watches it.

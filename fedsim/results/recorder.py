@@ -41,6 +41,11 @@ class Recorder:
         """The newest row, or an empty dict."""
         return dict(self._rows[-1]) if self._rows else {}
 
+    @property
+    def first(self) -> dict[str, Any]:
+        """The oldest row, or an empty dict."""
+        return dict(self._rows[0]) if self._rows else {}
+
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; its keys must be those of the first."""
         if self._writer is None:
