@@ -310,8 +310,11 @@ def _play_on(
 
 
 def _next(every: float, now: float) -> float:
-    """Return the first multiple of `every` after `now`."""
-    return math.inf if every == math.inf else (math.floor(now / every) + 1) * every
+    """Return the first multiple of `every` after `now`; the quotient may be rounded to either side of a multiple."""
+    if every == math.inf:
+        return math.inf
+    count = math.floor(now / every) + 1
+    return count * every if count * every > now else (count + 1) * every
 
 
 def _checkpoint(player: Player, journal: Journal | None, wall: float, layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -441,6 +442,23 @@ def test_checkpoints_come_as_often_as_they_are_asked_for(tmp_path, monkeypatch, 
     resumed = fedsim.resume(tmp_path / "run")
     assert resumed.digest == whole.digest
     assert resumed.metrics.drop(columns="wall_seconds").equals(whole.metrics.drop(columns="wall_seconds"))
+
+
+@pytest.mark.parametrize("every", [0.7, 0.35, 1.9])
+def test_checkpoints_go_on_where_a_multiple_is_rounded(tmp_path, monkeypatch, every):
+    """3 times 0.7 divided by 0.7 is less than 3: the checkpoint after it is the fourth, not the same one for ever."""
+    from fedsim.results.journal import Journal
+
+    save, times = Journal.checkpoint, []
+
+    def checkpoint(self, arrays, wall):
+        save(self, arrays, wall)
+        times.append(float(arrays["now"]))
+        assert len(times) < 100
+
+    monkeypatch.setattr(Journal, "checkpoint", checkpoint)
+    fedsim.run(EVENTS | {"record": {"every": 12}, "checkpoint": {"every": every}}, folder=tmp_path / "run")
+    assert times == [k * every for k in range(1, math.ceil(12 / every))]
 
 
 def interrupted(given, folder):
