@@ -100,7 +100,7 @@ def run(
 
         return play_sweep(study, folder, live, progress)
     root = Path(made_by_rank_0(lambda: {"root": str(_usable(folder, study.name))}, transport)["root"])
-    with _belongs_to(root, own=not folder):
+    with belongs_to(root, own=not folder):
         if len(study.runs) == 1:
             return run_one(study.runs[0], root, live, progress=progress)
         return run_study(study, root, live, progress)
@@ -114,7 +114,7 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
             it began with, so that the bits of an uninterrupted run cannot come out.
     """
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.side_by_side import laid_out
+    from fedsim.side_by_side import has_ended, laid_out
 
     prepare_machine()
     connected()
@@ -123,13 +123,35 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
         from fedsim.sweeping import go_on
 
         return go_on(found, progress)
-    waiting = [(laid_out(result.folder), result.folder) for result in found.runs if result.status != "finished"]
-    with _belongs_to(found.folder, own=False):
+    with belongs_to(found.folder, own=False):
+        if isinstance(found, Result):
+            if found.status == "finished":
+                return found
+            return run_one(laid_out(found.folder), found.folder, progress=progress, again=True)
+        failures, waiting = [], []
+        for result in found.runs:
+            if not has_ended(result.folder):
+                waiting.append((replace(laid_out(result.folder), folder=result.folder.name), result.folder))
+            elif result.status == "failed":  # it would again: it ends the study as it did before, after the others
+                failures.append(f"{result.folder.name}: {result.facts['error']}")
         for scenario, place in waiting:
-            run_one(scenario, place, progress=progress, again=True)
-    if isinstance(found, StudyResult):
-        return with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
-    return Result(found.folder)
+            try:
+                run_one(scenario, place, progress=progress, again=True)
+            except Diverged as error:
+                failures.append(f"{place.name}: {error}")
+        return _study_ended(found.folder, failures)
+
+
+def _study_ended(root: Path, failures: Sequence[str]) -> StudyResult:
+    """Write what the study's runs are together.
+
+    Raises:
+        Diverged: names those that failed.
+    """
+    result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
+    if failures:
+        raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
+    return result
 
 
 def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -> StudyResult:
@@ -169,10 +191,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
             run_one(scenario, root / scenario.folder, live, shared, progress)
         except Diverged as error:
             failures.append(f"{scenario.folder}: {error}")
-    result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
-    if failures:
-        raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
-    return result
+    return _study_ended(root, failures)
 
 
 def _tell(folder: Path, progress: Progress | None) -> None:
@@ -505,7 +524,7 @@ def _usable(folder: str | Path | None, name: str) -> Path:
 
 
 @contextmanager
-def _belongs_to(root: Path, own: bool) -> Iterator[None]:
+def belongs_to(root: Path, own: bool) -> Iterator[None]:
     """Have every exception know the folder of what was run; leave none behind that a mistake left empty."""
     try:
         yield

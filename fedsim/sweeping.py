@@ -12,7 +12,7 @@ from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
 from fedsim.prepare import Live, prepare
 from fedsim.results.folder import RUN, from_json, to_json, write_whole
-from fedsim.results.result import STUDY, Result, StudyResult
+from fedsim.results.result import STUDY, TUNING, Result, StudyResult
 from fedsim.side_by_side import has_ended, lay_out, play_all, play_folder
 from fedsim.tuning import Choice, as_facts, choose
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fedsim.scenario import Scenario, Study
 
 Progress = Callable[[str, float, float, dict[str, Any]], None]
-TUNING = "tuning"
 
 
 def sweep(
@@ -65,19 +64,22 @@ def play_sweep(
     """Play a study that has cells; see `sweep`."""
     if live not in (None, Live()):
         raise InputError("sweep: cells are played by processes of their own; name sections in place of objects")
+    from fedsim.run import belongs_to
+
     root = Path(folder or Path("runs") / study.name)
     _refuse_foreign(root)
     _refuse_hopeless(study)
-    _begin(study, root)
-    first, second = _stages(study, root)
-    if cell is not None:
-        _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
-    else:
-        told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
-        _play(first, told)
-        if study.select:
-            _play(second(), told)
-    return _finish(study, root)
+    with belongs_to(root, own=not folder):
+        _begin(study, root)
+        first, second = _stages(study, root)
+        if cell is not None:
+            _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
+        else:
+            told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
+            _play(first, told)
+            if study.select:
+                _play(second(), told)
+        return _finish(study, root)
 
 
 def go_on(found: StudyResult, progress: Progress | None) -> StudyResult:

@@ -384,6 +384,26 @@ def test_an_interrupted_study_is_read_and_resumed_to_its_own_digest(tmp_path):
     assert fedsim.resume(tmp_path / "out").digest == whole.digest
 
 
+def test_a_study_is_resumed_beyond_a_run_that_diverged(tmp_path):
+    """What diverged stands as it is and is named again; the runs that were interrupted or waited are played."""
+    wild = {"algorithm": {"kind": "gossip_sgd", "step": 1e6}, "schedule.horizon": 400}
+    given = {**EVENTS, "variants": {"wild": wild, "cut": {}, "waits": {}}}
+
+    def stop(name, now, horizon, row):
+        if name.startswith("cut") and now == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(given, folder=tmp_path / "out", progress=stop)
+    assert [run.status for run in fedsim.load(tmp_path / "out").runs] == ["failed", "interrupted", "waiting"]
+    played = set()
+    for _ in range(2):  # the second time nothing is left to play
+        with pytest.raises(Diverged, match=r"wild-seed0: .*diverges"):
+            fedsim.resume(tmp_path / "out", progress=lambda name, *rest: played.add(name))
+    assert played == {"cut-seed0", "waits-seed0"}
+    assert [run.status for run in fedsim.load(tmp_path / "out").runs] == ["failed", "finished", "finished"]
+
+
 def test_a_run_killed_at_any_moment_is_read_and_resumed(tmp_path, monkeypatch):
     """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest."""
     from fedsim.results.journal import Journal
