@@ -128,27 +128,46 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
             if found.status == "finished":
                 return found
             return run_one(laid_out(found.folder), found.folder, progress=progress, again=True)
-        failures, waiting = [], []
+        failures, errors, waiting = list[str](), list[Exception](), []
         for result in found.runs:
             if not has_ended(result.folder):
                 waiting.append((replace(laid_out(result.folder), folder=result.folder.name), result.folder))
             elif result.status == "failed":  # it would again: it ends the study as it did before, after the others
                 failures.append(f"{result.folder.name}: {result.facts['error']}")
         for scenario, place in waiting:
-            try:
+            with _others_go_on(place.name, failures, errors):
                 run_one(scenario, place, progress=progress, again=True)
-            except Diverged as error:
-                failures.append(f"{place.name}: {error}")
-        return _study_ended(found.folder, failures)
+        return _study_ended(found.folder, failures, errors)
 
 
-def _study_ended(root: Path, failures: Sequence[str]) -> StudyResult:
+@contextmanager
+def _others_go_on(name: str, failures: list[str], errors: list[Exception]) -> Iterator[None]:
+    """Note a run that failed, so that the study's others are played; where several processes share it, what diverged.
+
+    Those meet an error of one's own code, or of one machine, not all alike.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if isinstance(error, Diverged):
+            failures.append(f"{name}: {error}")
+        elif connected().size > 1:
+            raise
+        else:
+            errors.append(error)
+
+
+def _study_ended(root: Path, failures: Sequence[str], errors: Sequence[Exception]) -> StudyResult:
     """Write what the study's runs are together.
 
     Raises:
-        Diverged: names those that failed.
+        Diverged: names those that failed; but the first of other errors goes before it, as it was.
     """
     result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
+    if errors:
+        raise errors[0]
     if failures:
         raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
     return result
@@ -178,7 +197,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
         write_whole(root / STUDY, to_json({"name": study.name, "claim": study.claim, "runs": names}) + "\n")
         for scenario in study.runs:
             lay_out(scenario, root / scenario.folder)
-    failures, waiting, clock = [], list(study.runs), time.perf_counter()
+    failures, errors, waiting, clock = list[str](), list[Exception](), list(study.runs), time.perf_counter()
     while waiting:
         done = len(study.runs) - len(waiting)
         if connected().size == 1 and live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
@@ -187,11 +206,9 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
             failures += [f"{f.name}: {Result(f).facts['error']}" for f in folders if Result(f).status == "failed"]
             break
         scenario = waiting.pop(0)
-        try:
+        with _others_go_on(scenario.folder, failures, errors):
             run_one(scenario, root / scenario.folder, live, shared, progress)
-        except Diverged as error:
-            failures.append(f"{scenario.folder}: {error}")
-    return _study_ended(root, failures)
+    return _study_ended(root, failures, errors)
 
 
 def _tell(folder: Path, progress: Progress | None) -> None:

@@ -73,7 +73,7 @@ def play_sweep(
         _begin(study, root)
         first, second = _stages(study, root)
         if cell is not None:
-            _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
+            _play_cell(study, cell, first, second)
         else:
             told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
             _play(first, told)
@@ -135,11 +135,11 @@ def _stages(study: Study, root: Path) -> tuple[Cells, Callable[[], Cells]]:
     return tuning, lambda: [(run, root / run.folder) for run in _reporting(study, root)]
 
 
-def _play_cell(study: Study, root: Path, number: int, cells: Cells) -> None:
+def _play_cell(study: Study, number: int, first: Cells, second: Callable[[], Cells]) -> None:
     last = max(end for _, end in numbered(study).values())
-    if not 0 <= number < len(cells):
+    if not 0 <= number <= last:
         raise InputError(f"--cell {number}: there are cells 0 to {last}")
-    scenario, folder = cells[number]
+    scenario, folder = first[number] if number < len(first) else second()[number - len(first)]
     play_folder(folder, scenario=scenario)
 
 

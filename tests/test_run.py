@@ -404,6 +404,23 @@ def test_a_study_is_resumed_beyond_a_run_that_diverged(tmp_path):
     assert [run.status for run in fedsim.load(tmp_path / "out").runs] == ["failed", "finished", "finished"]
 
 
+def test_an_error_in_one_variant_leaves_the_others_to_be_played(tmp_path):
+    """The study ends with the error itself; the table says that this was no divergence."""
+
+    def trouble(name, now, horizon, row):
+        if name.startswith("b-") and now == 3:
+            raise ValueError("trouble of one's own")
+
+    given = {**EVENTS, "variants": {"a": {}, "b": {}, "c": {}}}
+    with pytest.raises(ValueError, match="trouble of one's own") as failure:
+        fedsim.run(given, folder=tmp_path / "out", progress=trouble)
+    assert failure.value.folder == tmp_path / "out"  # type: ignore[attr-defined]
+    found = fedsim.load(tmp_path / "out")
+    assert [run.status for run in found.runs] == ["finished", "failed", "finished"]
+    assert any("1 of 3 runs failed by an error" in note for note in found.compare().attrs["notes"])
+    assert fedsim.resume(tmp_path / "out").status == "finished"
+
+
 def test_a_run_killed_at_any_moment_is_read_and_resumed(tmp_path, monkeypatch):
     """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest."""
     from fedsim.results.journal import Journal

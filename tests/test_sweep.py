@@ -221,12 +221,14 @@ def test_cells_one_by_one_as_an_array_job_plays_them(tuned, tmp_path):
     early = run("--cell", "18", *folder)
     assert isinstance(early.exception, InputError)
     assert "of the tuning, cells 0, 1, 2" in str(early.exception)
+    assert "there are cells 0 to 21" in str(run("--cell", "22", *folder).exception)
+    begun = fedsim.load(tmp_path / "out")
+    assert (begun.status, begun.runs, list(begun.metrics)) == ("waiting", [], ["variant", "seed"])
     for cell in range(22):
         result = run("--cell", str(cell), "--json", *folder)
         facts = json.loads(result.output)
         assert (facts["number"], facts["status"]) == (cell, "finished")
     assert fedsim.load(tmp_path / "out").digest == tuned.digest
-    assert "there are cells 0 to 21" in str(run("--cell", "22", *folder).exception)
 
 
 def test_private_tuning_is_charged_to_the_study(tmp_path):

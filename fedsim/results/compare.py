@@ -185,6 +185,9 @@ def _groups(folders: Sequence[str | Path]) -> _Groups:
         for state in ("running", "interrupted", "waiting"):
             if state in states:
                 groups.notes.append(f"{folder}: {states.count(state)} of {len(states)} runs are {state}")
+        other = sum(run.status == "failed" and run.facts.get("diverged") is False for run in found.runs)
+        if other:
+            groups.notes.append(f"{folder}: {other} of {len(states)} runs failed by an error; they count as diverged")
     if not groups.runs:
         raise InputError("compare: give at least one folder of a run or a study")
     return groups

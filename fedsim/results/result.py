@@ -128,7 +128,7 @@ class StudyResult:
         """All runs in one long frame, with the columns `variant` and `seed` in front."""
         import pandas as pd
 
-        frames = []
+        frames = [pd.DataFrame({"variant": [], "seed": []})] if not self.runs else []
         for run in self.runs:
             frame = run.metrics.copy()
             frame.insert(0, "variant", run.variant)
