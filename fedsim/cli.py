@@ -166,10 +166,7 @@ def sweep(
         found = sweeping.numbered(load_study(scenario, overrides=overrides, short=short))
         print(to_json(found) if as_json else "\n".join(f"{k} {a}-{b}" for k, (a, b) in found.items()))
         return
-    with (
-        _summarised(as_json and cell is None),
-        cells_shown(not (no_progress or as_json)) as progress,
-    ):
+    with _summarised(as_json and cell is None), cells_shown(not (no_progress or as_json)) as progress:
         result = sweeping.sweep(scenario, overrides=overrides, short=short, folder=folder, cell=cell, progress=progress)
     if not _leads():
         return

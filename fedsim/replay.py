@@ -21,7 +21,7 @@ def replay(folder: Path) -> dict[str, Any]:
     from fedsim.live.trace import load as load_trace
     from fedsim.prepare import prepare
     from fedsim.results.result import load
-    from fedsim.run import final_digest
+    from fedsim.run import final_digest, observer_of
     from fedsim.scenario import load_study
 
     prepare_machine()
@@ -39,10 +39,9 @@ def replay(folder: Path) -> dict[str, Any]:
     player.replay(load_trace(folder, int(live["parts"])), float(scenario.schedule["horizon"]))
     digest = final_digest(prepared, player)
     summary = recorded.summary()
-    totals = {
-        **counts_of_all(player.counts, prepared.layout),
-        "wall_seconds": summary["totals"].get("wall_seconds", 0.0),
-    }
+    counts = counts_of_all(player.counts, prepared.layout)
+    totals = {**counts, "wall_seconds": summary["totals"].get("wall_seconds", 0.0)}
+    seen = {**observer_of(prepared)(player.outputs()), **player.measures(), **counts}
     return {
         "folder": str(folder),
         "status": "replayed",
@@ -50,5 +49,5 @@ def replay(folder: Path) -> dict[str, Any]:
         "recorded_digest": recorded.digest,
         "same": digest == recorded.digest,
         "totals": {name: totals[name] for name in summary["totals"] if name in totals},
-        "last": summary["last"],
+        "last": {name: seen.get(name, value) for name, value in summary["last"].items()},
     }

@@ -114,7 +114,7 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
             it began with, so that the bits of an uninterrupted run cannot come out.
     """
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.side_by_side import laid_out
+    from fedsim.side_by_side import has_ended, laid_out
 
     prepare_machine()
     connected()
@@ -123,13 +123,54 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Result | Stu
         from fedsim.sweeping import go_on
 
         return go_on(found, progress)
-    waiting = [(laid_out(result.folder), result.folder) for result in found.runs if result.status != "finished"]
     with belongs_to(found.folder, own=False):
+        if isinstance(found, Result):
+            if found.status == "finished":
+                return found
+            return run_one(laid_out(found.folder), found.folder, progress=progress, again=True)
+        failures, errors, waiting = list[str](), list[Exception](), []
+        for result in found.runs:
+            if not has_ended(result.folder):
+                waiting.append((replace(laid_out(result.folder), folder=result.folder.name), result.folder))
+            elif result.status == "failed":  # it would again: it ends the study as it did before, after the others
+                failures.append(f"{result.folder.name}: {result.facts['error']}")
         for scenario, place in waiting:
-            run_one(scenario, place, progress=progress, again=True)
-    if isinstance(found, StudyResult):
-        return with_digest(StudyResult(found.folder)) if connected().rank == 0 else StudyResult(found.folder)
-    return Result(found.folder)
+            with _others_go_on(place.name, failures, errors):
+                run_one(scenario, place, progress=progress, again=True)
+        return _study_ended(found.folder, failures, errors)
+
+
+@contextmanager
+def _others_go_on(name: str, failures: list[str], errors: list[Exception]) -> Iterator[None]:
+    """Note a run that failed, so that the study's others are played; where several processes share it, what diverged.
+
+    Those meet an error of one's own code, or of one machine, not all alike.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if isinstance(error, Diverged):
+            failures.append(f"{name}: {error}")
+        elif connected().size > 1:
+            raise
+        else:
+            errors.append(error)
+
+
+def _study_ended(root: Path, failures: Sequence[str], errors: Sequence[Exception]) -> StudyResult:
+    """Write what the study's runs are together.
+
+    Raises:
+        Diverged: names those that failed; but the first of other errors goes before it, as it was.
+    """
+    result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
+    if errors:
+        raise errors[0]
+    if failures:
+        raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
+    return result
 
 
 def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -> StudyResult:
@@ -156,7 +197,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
         write_whole(root / STUDY, to_json({"name": study.name, "claim": study.claim, "runs": names}) + "\n")
         for scenario in study.runs:
             lay_out(scenario, root / scenario.folder)
-    failures, waiting, clock = [], list(study.runs), time.perf_counter()
+    failures, errors, waiting, clock = list[str](), list[Exception](), list(study.runs), time.perf_counter()
     while waiting:
         done = len(study.runs) - len(waiting)
         if connected().size == 1 and live == Live() and worth_it(time.perf_counter() - clock, done, len(waiting)):
@@ -165,14 +206,9 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
             failures += [f"{f.name}: {Result(f).facts['error']}" for f in folders if Result(f).status == "failed"]
             break
         scenario = waiting.pop(0)
-        try:
+        with _others_go_on(scenario.folder, failures, errors):
             run_one(scenario, root / scenario.folder, live, shared, progress)
-        except Diverged as error:
-            failures.append(f"{scenario.folder}: {error}")
-    result = with_digest(StudyResult(root)) if connected().rank == 0 else StudyResult(root)
-    if failures:
-        raise Diverged("; ".join(failures) + f" (the other runs are in {root})")
-    return result
+    return _study_ended(root, failures, errors)
 
 
 def _tell(folder: Path, progress: Progress | None) -> None:
@@ -312,8 +348,11 @@ def _play_on(
 
 
 def _next(every: float, now: float) -> float:
-    """Return the first multiple of `every` after `now`."""
-    return math.inf if every == math.inf else (math.floor(now / every) + 1) * every
+    """Return the first multiple of `every` after `now`; the quotient may be rounded to either side of a multiple."""
+    if every == math.inf:
+        return math.inf
+    count = math.floor(now / every) + 1
+    return count * every if count * every > now else (count + 1) * every
 
 
 def _checkpoint(player: Player, journal: Journal | None, wall: float, layout: Layout) -> None:

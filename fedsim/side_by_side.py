@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import Diverged, FedsimError, InputError, Stopped
 from fedsim.results.folder import SCENARIO, RunFolder
@@ -74,10 +76,14 @@ def laid_out(folder: Path) -> Scenario:
 def play_all(folders: Sequence[Path], ended: Ended | None = None) -> None:
     """Play the runs that wait in these folders; how each ended stands in its `run.json`.
 
-    A worker that dies (killed for its memory, say) fails the run it was at; another takes its place.
+    A worker that dies (killed for its memory, say) fails the run it was at; another takes its place. On SIGTERM and
+    Ctrl-C all workers checkpoint and end before this does.
+
+    Raises:
+        Stopped: on SIGTERM.
     """
     waiting, free, busy = list(reversed(folders)), [], {}
-    with ExitStack() as stack:
+    with _stopped_on_sigterm(), ExitStack() as stack, _all_told(busy):
         for _ in range(min(free_cores(), len(folders))):
             free.append(stack.enter_context(_worker()))
         while waiting or busy:
@@ -93,6 +99,35 @@ def play_all(folders: Sequence[Path], ended: Ended | None = None) -> None:
                 free.append(worker)
                 if ended:
                     ended(folder)
+
+
+@contextmanager
+def _all_told(busy: Mapping[Worker, Path]) -> Iterator[None]:
+    """Ask all workers to stop at once where this process stops: each then has the whole of what time is left."""
+    try:
+        yield
+    except BaseException:
+        for worker in busy:
+            worker.terminate()
+        raise
+
+
+@contextmanager
+def _stopped_on_sigterm() -> Iterator[None]:
+    """Raise `Stopped` at a scheduler's SIGTERM, once (in the main thread; elsewhere signals stay as they are)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would leave workers behind
+        raise Stopped("stopped after a checkpoint of every run that was being played, as asked")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def play_folder(folder: Path, shared: dict[str, Any] | None = None, scenario: Scenario | None = None) -> None:
@@ -195,12 +230,20 @@ def _taken(folder: Path) -> Iterator[bool]:
     transport, left = connected(), False
     with ExitStack() as stack:
         if transport.rank == 0:
-            _lock(stack.enter_context((folder / SCENARIO).open()))
+            _lock(stack.enter_context((folder / SCENARIO).open()).fileno())
+            _wait_for(folder)
             left = not has_ended(folder)
         yield bool(transport.broadcast(np.array([left], np.uint8))[0])
 
 
-def _lock(file: TextIO) -> None:
+def _wait_for(folder: Path) -> None:
+    """Return once no process plays the folder's run, such as a `fedsim resume` of this cell (see `Journal`)."""
+    held = os.open(folder, os.O_RDONLY)
+    _lock(held)
+    os.close(held)
+
+
+def _lock(file: int) -> None:
     import fcntl
 
     with suppress(OSError):  # a file system without locks

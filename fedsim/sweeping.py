@@ -12,8 +12,7 @@ from fedsim.errors import InputError
 from fedsim.job import connected, made_by_rank_0
 from fedsim.prepare import Live, prepare
 from fedsim.results.folder import RUN, from_json, to_json, write_whole
-from fedsim.results.result import STUDY, Result, StudyResult
-from fedsim.run import belongs_to
+from fedsim.results.result import STUDY, TUNING, Result, StudyResult
 from fedsim.side_by_side import has_ended, lay_out, play_all, play_folder
 from fedsim.tuning import Choice, as_facts, choose
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from fedsim.scenario import Scenario, Study
 
 Progress = Callable[[str, float, float, dict[str, Any]], None]
-TUNING = "tuning"
 
 
 def sweep(
@@ -66,14 +64,16 @@ def play_sweep(
     """Play a study that has cells; see `sweep`."""
     if live not in (None, Live()):
         raise InputError("sweep: cells are played by processes of their own; name sections in place of objects")
+    from fedsim.run import belongs_to
+
     root = Path(folder or Path("runs") / study.name)
     _refuse_foreign(root)
     _refuse_hopeless(study)
-    with belongs_to(root, own=False):
+    with belongs_to(root, own=not folder):
         _begin(study, root)
         first, second = _stages(study, root)
         if cell is not None:
-            _play_cell(study, root, cell, [*first, *second()] if cell >= len(first) else first)
+            _play_cell(study, cell, first, second)
         else:
             told = _Told(progress, len(first) + (_reports(study) if study.select else 0))
             _play(first, told)
@@ -135,11 +135,11 @@ def _stages(study: Study, root: Path) -> tuple[Cells, Callable[[], Cells]]:
     return tuning, lambda: [(run, root / run.folder) for run in _reporting(study, root)]
 
 
-def _play_cell(study: Study, root: Path, number: int, cells: Cells) -> None:
+def _play_cell(study: Study, number: int, first: Cells, second: Callable[[], Cells]) -> None:
     last = max(end for _, end in numbered(study).values())
-    if not 0 <= number < len(cells):
+    if not 0 <= number <= last:
         raise InputError(f"--cell {number}: there are cells 0 to {last}")
-    scenario, folder = cells[number]
+    scenario, folder = first[number] if number < len(first) else second()[number - len(first)]
     play_folder(folder, scenario=scenario)
 
 

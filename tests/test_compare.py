@@ -77,6 +77,14 @@ def test_a_variant_that_ends_no_better_than_it_began_has_no_say_in_the_goal(tmp_
     assert frame["reached"].tolist() == [1, 1, 0]
 
 
+def test_a_variant_that_ends_worse_has_no_say_where_no_power_of_ten_lies_between(tmp_path):
+    """Losses fall from 0.69 to 0.61 and 0.2; one rises to 3.9: the goal is 0.61, not 3.9, where all were at no cost."""
+    runs = [("A", 0, [0.69, 0.65, 0.2]), ("B", 0, [0.69, 0.66, 0.61]), ("noise", 0, [0.69, 2.0, 3.9])]
+    frame = study(tmp_path, runs).compare()
+    assert frame.attrs["goal"] == 0.61
+    assert frame["bytes"].fillna(-1).to_list() == [20, 20, -1]
+
+
 def test_folders_of_one_name_are_told_apart_and_one_folder_counts_once(tmp_path):
     """`a/out` and `b/out` are two rows, never the median of both; the same folder twice is one."""
     for name, losses in (("a", [9, 1]), ("b", [9, 5, 1])):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -383,6 +384,43 @@ def test_an_interrupted_study_is_read_and_resumed_to_its_own_digest(tmp_path):
     assert fedsim.resume(tmp_path / "out").digest == whole.digest
 
 
+def test_a_study_is_resumed_beyond_a_run_that_diverged(tmp_path):
+    """What diverged stands as it is and is named again; the runs that were interrupted or waited are played."""
+    wild = {"algorithm": {"kind": "gossip_sgd", "step": 1e6}, "schedule.horizon": 400}
+    given = {**EVENTS, "variants": {"wild": wild, "cut": {}, "waits": {}}}
+
+    def stop(name, now, horizon, row):
+        if name.startswith("cut") and now == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(given, folder=tmp_path / "out", progress=stop)
+    assert [run.status for run in fedsim.load(tmp_path / "out").runs] == ["failed", "interrupted", "waiting"]
+    played = set()
+    for _ in range(2):  # the second time nothing is left to play
+        with pytest.raises(Diverged, match=r"wild-seed0: .*diverges"):
+            fedsim.resume(tmp_path / "out", progress=lambda name, *rest: played.add(name))
+    assert played == {"cut-seed0", "waits-seed0"}
+    assert [run.status for run in fedsim.load(tmp_path / "out").runs] == ["failed", "finished", "finished"]
+
+
+def test_an_error_in_one_variant_leaves_the_others_to_be_played(tmp_path):
+    """The study ends with the error itself; the table says that this was no divergence."""
+
+    def trouble(name, now, horizon, row):
+        if name.startswith("b-") and now == 3:
+            raise ValueError("trouble of one's own")
+
+    given = {**EVENTS, "variants": {"a": {}, "b": {}, "c": {}}}
+    with pytest.raises(ValueError, match="trouble of one's own") as failure:
+        fedsim.run(given, folder=tmp_path / "out", progress=trouble)
+    assert failure.value.folder == tmp_path / "out"  # type: ignore[attr-defined]
+    found = fedsim.load(tmp_path / "out")
+    assert [run.status for run in found.runs] == ["finished", "failed", "finished"]
+    assert any("1 of 3 runs failed by an error" in note for note in found.compare().attrs["notes"])
+    assert fedsim.resume(tmp_path / "out").status == "finished"
+
+
 def test_a_run_killed_at_any_moment_is_read_and_resumed(tmp_path, monkeypatch):
     """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest."""
     from fedsim.results.journal import Journal
@@ -441,6 +479,23 @@ def test_checkpoints_come_as_often_as_they_are_asked_for(tmp_path, monkeypatch, 
     resumed = fedsim.resume(tmp_path / "run")
     assert resumed.digest == whole.digest
     assert resumed.metrics.drop(columns="wall_seconds").equals(whole.metrics.drop(columns="wall_seconds"))
+
+
+@pytest.mark.parametrize("every", [0.7, 0.35, 1.9])
+def test_checkpoints_go_on_where_a_multiple_is_rounded(tmp_path, monkeypatch, every):
+    """3 times 0.7 divided by 0.7 is less than 3: the checkpoint after it is the fourth, not the same one for ever."""
+    from fedsim.results.journal import Journal
+
+    save, times = Journal.checkpoint, []
+
+    def checkpoint(self, arrays, wall):
+        save(self, arrays, wall)
+        times.append(float(arrays["now"]))
+        assert len(times) < 100
+
+    monkeypatch.setattr(Journal, "checkpoint", checkpoint)
+    fedsim.run(EVENTS | {"record": {"every": 12}, "checkpoint": {"every": every}}, folder=tmp_path / "run")
+    assert times == [k * every for k in range(1, math.ceil(12 / every))]
 
 
 def interrupted(given, folder):

@@ -1,10 +1,12 @@
 """Sweeps: cells equal lone runs, are kept, go on after a kill; variants are tuned on seeds of their own."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import fedsim
 from fedsim.cli import app
 from fedsim.errors import InputError
 from fedsim.scenario import load_study
+from fedsim.side_by_side import lay_out, play_folder
 from fedsim.sweeping import counts, numbered
 
 BASE = {
@@ -218,12 +221,14 @@ def test_cells_one_by_one_as_an_array_job_plays_them(tuned, tmp_path):
     early = run("--cell", "18", *folder)
     assert isinstance(early.exception, InputError)
     assert "of the tuning, cells 0, 1, 2" in str(early.exception)
+    assert "there are cells 0 to 21" in str(run("--cell", "22", *folder).exception)
+    begun = fedsim.load(tmp_path / "out")
+    assert (begun.status, begun.runs, list(begun.metrics)) == ("waiting", [], ["variant", "seed"])
     for cell in range(22):
         result = run("--cell", str(cell), "--json", *folder)
         facts = json.loads(result.output)
         assert (facts["number"], facts["status"]) == (cell, "finished")
     assert fedsim.load(tmp_path / "out").digest == tuned.digest
-    assert "there are cells 0 to 21" in str(run("--cell", "22", *folder).exception)
 
 
 def test_private_tuning_is_charged_to_the_study(tmp_path):
@@ -312,25 +317,39 @@ def test_a_pick_that_reports_one_run_prints_it(tmp_path):
     assert "round=12" in done.stdout
 
 
-def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
-    """SIGINT ends the workers at a checkpoint; nothing that was done is lost, and no process is left."""
+def test_a_cell_that_another_process_resumes_is_waited_for(tmp_path):
+    """A cell held by `fedsim resume CELL` is not noted as refused, which would keep it from ever being played."""
+    (run,) = load_study(BASE).runs
+    lay_out(run, tmp_path / "cell")
+    held = os.open(tmp_path / "cell", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [held]).start()
+    play_folder(tmp_path / "cell")
+    assert fedsim.load(tmp_path / "cell").status == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_sweep_that_goes_on(tmp_path, number):
+    """Ctrl-C and a scheduler's SIGTERM end the workers at a checkpoint, none is left, and --json says what there is."""
     scenario = GRID | {
         "schedule": {"horizon": 2_000_000},
         "record": {"every": 100},
         "sweep": {"algorithm.eta": [0.1, 0.2]},
+        "select": {"metric": "loss", "seeds": [7]},
     }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(scenario))
     command = [sys.executable, "-m", "fedsim", "sweep", str(tmp_path / "s.yaml"), "--folder", str(tmp_path / "out")]
     with (tmp_path / "said").open("w") as said:
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        job = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=said)
     until = time.monotonic() + 120
-    while time.monotonic() < until and not [*tmp_path.glob("out/*/metrics.arrows")]:
+    while time.monotonic() < until and not [*tmp_path.glob("out/tuning/*/metrics.arrows")]:
         time.sleep(0.02)
     time.sleep(0.5)
-    os.kill(job.pid, signal.SIGINT)
-    assert job.wait(60) == 1
+    os.kill(job.pid, number)
+    printed, _ = job.communicate(timeout=60)
+    assert (job.returncode, json.loads(printed)["status"]) == (1, "interrupted")
     assert f"`fedsim resume {tmp_path / 'out'}` goes on" in (tmp_path / "said").read_text()
-    study = fedsim.load(tmp_path / "out")
+    study = fedsim.load(tmp_path / "out" / "tuning")
     states = [run.status for run in study.runs]
     assert "interrupted" in states
     assert all((run.folder / "checkpoint").exists() for run in study.runs if run.status == "interrupted")

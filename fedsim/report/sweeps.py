@@ -14,12 +14,10 @@ from fedsim.report.parts import Picture, Table, number, text_of
 from fedsim.report.pictures import MAIN, embedded
 from fedsim.report.runs import state
 from fedsim.results.curves import EDGE, edge_notes, higher_is_better
-from fedsim.results.result import STUDY, Result, StudyResult
+from fedsim.results.result import STUDY, TUNING, Result, StudyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-TUNING = "tuning"
 
 
 def tuning_of(result: Result | StudyResult) -> StudyResult | None:

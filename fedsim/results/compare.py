@@ -19,6 +19,7 @@ from fedsim.results.curves import (
     diverged,
     edge_notes,
     higher_is_better,
+    improved,
     told_apart,
     variants,
 )
@@ -184,6 +185,9 @@ def _groups(folders: Sequence[str | Path]) -> _Groups:
         for state in ("running", "interrupted", "waiting"):
             if state in states:
                 groups.notes.append(f"{folder}: {states.count(state)} of {len(states)} runs are {state}")
+        other = sum(run.status == "failed" and run.facts.get("diverged") is False for run in found.runs)
+        if other:
+            groups.notes.append(f"{folder}: {other} of {len(states)} runs failed by an error; they count as diverged")
     if not groups.runs:
         raise InputError("compare: give at least one folder of a run or a study")
     return groups
@@ -222,7 +226,10 @@ def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
     runs = [run for group in groups.values() for run in group if not diverged(run)]
     known = ("distance", "stationarity", "loss", "consensus")
     metric = next((m for m in known if runs and all(m in run.metrics for run in runs)), None)
-    worst = max(float(run.metrics[metric].iloc[-1]) for run in runs) if metric else np.nan
+    ends = [float(run.metrics[metric].iloc[-1]) for run in runs] if metric else [np.nan]
+    if metric and improved(runs, metric):  # who ends no better than it began has no say: all were there at no cost
+        ends = [last for _, last in improved(runs, metric)]
+    worst = max(ends)
     if metric is None or not (np.isfinite(worst) and worst > 0):
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
     goal = common_goal(runs, metric)

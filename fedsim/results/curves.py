@@ -69,13 +69,18 @@ def common_goal(runs: Sequence[Result], metric: str) -> float | None:
 
     Runs that end no better than they began (and those that observed nothing) have no say: they do not reach it.
     """
-    curves = [run.metrics[metric].dropna().to_numpy(float) for run in runs]  # it may have no value at the start
-    ends = [(float(v[0]), float(v[-1])) for v in curves if len(v) and v[-1] < v[0]]
+    ends = improved(runs, metric)
     worst, start = max((last for _, last in ends), default=0.0), min((first for first, _ in ends), default=0.0)
     if not 0 < worst < start:
         return None
     level = 10.0 ** np.ceil(np.log10(worst))
     return float(level) if level < start else None
+
+
+def improved(runs: Sequence[Result], metric: str) -> list[tuple[float, float]]:
+    """Return the first and the last value of each run that ends below where it began."""
+    curves = [run.metrics[metric].dropna().to_numpy(float) for run in runs]  # it may have no value at the start
+    return [(float(v[0]), float(v[-1])) for v in curves if len(v) and v[-1] < v[0]]
 
 
 def told_apart(folders: Sequence[Path]) -> dict[Path, str]:

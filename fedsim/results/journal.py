@@ -92,8 +92,10 @@ class Journal:
             finally:
                 with self._writing:
                     self._ended = True
-                    os.close(self._held)
-                    self._files.write_run(facts)
+                    try:
+                        self._files.write_run(facts)
+                    finally:
+                        os.close(self._held)  # from here on another process may play it
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STUDY = "study.json"
+TUNING = "tuning"  # the folder, in that of a tuned study, of the runs that it picks by
 TOTALS = ("gradients", "communications", "messages", "bytes", "queries", "wall_seconds")
 
 
@@ -127,7 +128,7 @@ class StudyResult:
         """All runs in one long frame, with the columns `variant` and `seed` in front."""
         import pandas as pd
 
-        frames = []
+        frames = [pd.DataFrame({"variant": [], "seed": []})] if not self.runs else []
         for run in self.runs:
             frame = run.metrics.copy()
             frame.insert(0, "variant", run.variant)
@@ -137,8 +138,12 @@ class StudyResult:
 
     @property
     def status(self) -> str:
-        """`"finished"` when every run is, else the first other status."""
-        states = [run.status for run in self.runs]
+        """`"finished"` when every run is, else the first other status; until a tuned study has picked, its tuning's."""
+        if self.facts.get("select", {"choices": True})["choices"]:
+            states = [run.status for run in self.runs]
+        else:
+            tuning = StudyResult(self.folder / TUNING)
+            states = [*(run.status for run in tuning.runs if run.status not in ("finished", "failed")), "waiting"]
         return next((s for s in states if s != "finished"), "finished")
 
     @property

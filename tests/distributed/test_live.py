@@ -130,6 +130,16 @@ def test_what_cannot_live_is_refused(file, overrides, message):
         fedsim.run(file, overrides=overrides, folder="out")
 
 
+def test_a_replay_prints_its_own_last_observation(file):
+    """The last row is observed on the replayed state: where the recorded one was changed, the two differ."""
+    result = fedsim.run(file, overrides=["schedule.horizon=15"], folder="out")
+    last = result.summary()["last"]
+    table = result.metrics
+    table.loc[table.index[-1], ["distance", "gradients"]] = [0.125, 1]
+    table.to_parquet(result.folder / "metrics.parquet")
+    assert replay(result.folder)["last"] == last
+
+
 def test_a_run_without_a_trace_is_not_replayed(file):
     """Virtual time has no trace, and says so."""
     fedsim.run(file, overrides=["schedule={kind: poisson, horizon: 5}"], folder="out")
