@@ -386,7 +386,7 @@ def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path):
 
 
 @needs_mpi
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_number_of_processes_gives_one_digest_and_one_log(tmp_path, size):
     """Methods on values, with partial participation and a budget, in one process and under mpirun."""
     study = {

@@ -41,6 +41,7 @@ def test_one_scenario_by_three_launchers_is_found_the_same(scenario):
     assert len({e["digests"]["run"] for e in found["entries"]}) == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_a_difference_with_its_own_words(scenario):
     """More ranks than nodes: the entry says what the job said, and the exit code is 1."""
     done = CliRunner().invoke(app, ["verify", str(scenario), "topology.n=3", "--on", "local,torch:4", "--json"])
@@ -82,6 +83,7 @@ def test_it_refuses_to_run_inside_a_launcher(scenario, monkeypatch):
         verify.verify(scenario, "local,mpi:2")
 
 
+@pytest.mark.slow
 def test_the_command_itself_ends_with_1(scenario):
     """A program that calls `fedsim verify` sees the difference in its exit code."""
     call = [sys.executable, "-m", "fedsim", "verify", scenario, "topology.n=3", "--on", "local,torch:4"]

@@ -113,6 +113,7 @@ def _want_more(folder):
 
 
 @needs_mpi
+@pytest.mark.slow
 def test_divergence_is_found_at_the_same_event_by_every_number_of_processes(tmp_path):
     """A step size far too large ends the run with one message that names the event, wherever its node is."""
     wrong = {k: v for k, v in EVENTS.items() if k != "variants"} | {

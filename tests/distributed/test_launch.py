@@ -172,7 +172,10 @@ class Torn(SyncAlgorithm):
 @needs_mpi
 @pytest.mark.parametrize(
     ("here", "words"),
-    [("await Sum(s.x)", "ranks disagree on the next request: rank 0 asks for"), ("return s", "wait for each other")],
+    [
+        ("await Sum(s.x)", "ranks disagree on the next request: rank 0 asks for"),
+        pytest.param("return s", "wait for each other", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sum_against_a_mix_ends_by_name(tmp_path, here, words):
     """Requests that travel in different ways never meet; the watch compares what the ranks that wait ask for."""
@@ -232,6 +235,7 @@ def test_torchrun_over_two_hosts_gives_the_digest_of_one_process(hosts, file, tm
     assert fedsim.load(tmp_path / "out").digest == fedsim.run(file, folder=tmp_path / "alone").digest
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_what_solvers_compute_travels_from_rank_0(tmp_path):
     """SDP rates and the fastest mixing matrix are solved once, and a refusal of rank 0's is everybody's."""

@@ -41,7 +41,7 @@ def alone(tmp_path_factory):
     return fedsim.run(folder / "s.yaml", folder=folder / "out"), folder / "s.yaml"
 
 
-@pytest.mark.parametrize(("kind", "size"), [pytest.param("mpi", 3, marks=needs_mpi), ("torch", 2)])
+@pytest.mark.parametrize(("kind", "size"), [pytest.param("mpi", 3, marks=[needs_mpi, pytest.mark.slow]), ("torch", 2)])
 def test_every_layout_gives_the_same_bits_and_books(alone, tmp_path, kind, size):
     """mpirun on 3 ranks and torchrun on 2: the digests, ledgers and epsilons of one process."""
     study, file = alone
@@ -56,6 +56,7 @@ def test_every_layout_gives_the_same_bits_and_books(alone, tmp_path, kind, size)
 
 
 @needs_mpi
+@pytest.mark.slow
 def test_secrets_of_the_system_are_the_same_on_all_ranks(tmp_path):
     """With secure noise on 2 ranks rank 0 draws: the run ends with one shared state and a whole ledger."""
     local = {**CLIPPED, "kind": "diff2_bvr_l_sgd", "clip_local": 0.3, "local_steps": 2, "batch_rate": 0.5}

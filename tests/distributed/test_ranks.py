@@ -61,7 +61,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [pytest.param("mpi", 2, marks=needs_mpi), pytest.param("mpi", 3, marks=needs_mpi), ("torch", 2)]
+    ("kind", "size"),
+    [
+        pytest.param("mpi", 2, marks=[needs_mpi, pytest.mark.slow]),
+        pytest.param("mpi", 3, marks=needs_mpi),
+        ("torch", 2),
+    ],
 )
 def test_every_launcher_gives_the_digests_of_one_process(alone, tmp_path, kind, size):
     """Each algorithm and problem has one digest and the same metrics, whoever holds the nodes."""
