@@ -152,6 +152,7 @@ def test_a_stopped_rank_ends_the_job_by_name(here, kind):
 
 
 @needs_mpi
+@pytest.mark.slow
 def test_a_rank_that_is_stuck_in_its_own_code_ends_the_job_by_name(here):
     """A rank that neither moves nor waits for others while they wait for it is named."""
     process = start("mpi", 3, "run", "s.yaml", "algorithm.hangs=30", "--folder", "out", "--json", cwd=here)

@@ -56,7 +56,7 @@ def test_one_process_replays_to_the_bit(file, name):
     assert found["totals"]["communications"] > 0
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=[needs_mpi, pytest.mark.slow]), "torch"])
 def test_ranks_replay_to_the_bit(file, kind):
     """Three ranks on real clocks: the merged trace gives the same state in one process; achieved rates are told."""
     done = launch(kind, 3, "run", file, "--json", "--folder", "out", cwd=file.parent)
@@ -100,6 +100,7 @@ def test_what_the_flow_conserves_is_conserved(file):
 
 
 @needs_mpi
+@pytest.mark.slow
 def test_a_live_run_resumes_and_still_replays(file):
     """Killed after a checkpoint and resumed on another number of ranks, the trace goes on; replay has its digest."""
 
