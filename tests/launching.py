@@ -1,5 +1,6 @@
 """How tests start jobs of several processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fedsim.scenario import load_study
 
 BIN = Path(sys.executable).parent
 MPIRUN = next((p for p in (BIN / "mpirun", Path(shutil.which("mpirun") or "/none")) if p.exists()), None)
@@ -39,3 +42,13 @@ def start(kind, size, *arguments, cwd):
     process = subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment)
     STARTED.append(process)
     return process
+
+
+def with_horizon(folder, before, after):
+    """Have an interrupted run, or one that ended at its horizon, be one on its way to another."""
+    file, run = folder / "scenario.yaml", folder / "run.json"
+    text, facts = file.read_text(), json.loads(run.read_text())
+    assert f"horizon: {before}" in text
+    file.write_text(text.replace(f"horizon: {before}", f"horizon: {after}"))
+    digest = load_study(file, base=Path(facts["base"])).runs[0].digest()
+    run.write_text(json.dumps({**facts, "status": "interrupted", "scenario_digest": digest}))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import launch, needs_mpi
+from launching import launch, needs_mpi, with_horizon
 
 import fedsim
 
@@ -97,19 +97,10 @@ def test_events_resume_on_another_number_of_processes(alone, tmp_path, name):
         folder = tmp_path / f"out{number}"
         done = launch("mpi", first, "run", "s.yaml", "schedule.horizon=9", "--folder", folder, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        _want_more(folder)
+        with_horizon(folder, 9, 12)  # as if killed after the checkpoint at 6
         done = launch("mpi", second, "resume", folder, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         assert fedsim.load(folder).runs[0].digest == expected
-
-
-def _want_more(folder):
-    """Turn a finished run with horizon 9 into one that was killed on its way to 12, after its checkpoint at 6."""
-    facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**facts, "status": "running"}))
-    text = (folder / "scenario.yaml").read_text()
-    assert "horizon: 9" in text
-    (folder / "scenario.yaml").write_text(text.replace("horizon: 9", "horizon: 12"))
 
 
 @needs_mpi

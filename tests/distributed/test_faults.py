@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import STARTED, launch, needs_mpi, start
+from launching import STARTED, launch, needs_mpi, start, with_horizon
 
 import fedsim
 from fedsim.results.recorder import read_metrics
-from fedsim.scenario import load_study
 
 OWN = """
 import os
@@ -189,10 +188,7 @@ def test_ctrl_c_checkpoints_in_one_process(here):
     assert "stopped after a checkpoint" in said
     rows = len(fedsim.load(here / "out").metrics)
     end = 100 * (rows + 2)
-    file, run = here / "out" / "scenario.yaml", here / "out" / "run.json"
-    file.write_text(file.read_text().replace("horizon: 400000", f"horizon: {end}"))  # not to wait for the whole of it
-    marks = {"scenario_digest": load_study(file, base=here).runs[0].digest()}
-    run.write_text(json.dumps({**json.loads(run.read_text()), **marks}))
+    with_horizon(here / "out", 400000, end)  # not to wait for the whole of it
     again = fedsim.resume(here / "out")
     (here / "s.yaml").write_text(json.dumps({**events, "schedule": {"horizon": end}}))
     whole = fedsim.run("s.yaml", folder="whole")
