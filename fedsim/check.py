@@ -33,11 +33,9 @@ def check(
     Raises:
         InputError: the scenario cannot be run.
     """
-    from fedsim.checks import Mistakes
     from fedsim.engine.machine import prepare as prepare_machine
-    from fedsim.prepare import prepare
     from fedsim.privacy.study import refuse_mixtures
-    from fedsim.run import observer_of
+    from fedsim.run import of_each_variant
     from fedsim.scenario import Study, load_study
 
     if not 0 < precision < 1:
@@ -45,16 +43,7 @@ def check(
     prepare_machine()
     study = scenario if isinstance(scenario, Study) else load_study(scenario, overrides=overrides, short=short)
     refuse_mixtures((run.variant or run.folder, run.privacy) for run in (*study.tuning, *study.runs))
-    shared: dict[str, Any] = {}
-    mistakes, found = Mistakes(), []
-    for run in reversed({run.variant: run for run in reversed(study.runs)}.values()):
-        with mistakes.kept():
-            prepared = prepare(run, shared=shared)
-            observer_of(prepared)
-            prepared.player()
-            found.append(describe(prepared, precision, ranks))
-    mistakes.refuse()
-    return found
+    return of_each_variant(study, lambda p: describe(p, precision, ranks), None, {})
 
 
 def describe(p: Prepared, precision: float, ranks: int | None = None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -376,10 +375,11 @@ def provenance(algorithm: Algorithm) -> dict[str, str]:
 def folder_for(name: str, root: Path) -> Path:
     """Make and return `root/name`, or `root/name-2`, ... : a folder that no other run has."""
     root.mkdir(parents=True, exist_ok=True)
-    for path in itertools.chain([root / name], (root / f"{name}-{count}" for count in itertools.count(2))):
+    path, count = root / name, 1
+    while True:
         try:
             path.mkdir()
             return path
         except FileExistsError:
-            continue
-    raise AssertionError
+            count += 1
+            path = root / f"{name}-{count}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fedsim.scenario import Scenario, Study
     from fedsim.topology.topology import Topology
 
+T = TypeVar("T")
 Progress = Callable[[str, float, float, dict[str, Any]], None]  # run name, now, horizon, last row
 
 
@@ -183,13 +184,7 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
     from fedsim.side_by_side import lay_out, play_all, worth_it
 
     shared: dict[str, Any] = {}
-    mistakes = Mistakes()
-    for scenario in reversed({run.variant: run for run in reversed(study.runs)}.values()):
-        with mistakes.kept():
-            prepared = prepare(scenario, live, shared)
-            observer_of(prepared)
-            prepared.player()
-    mistakes.refuse()  # those of all variants, before anything is played
+    of_each_variant(study, lambda p: None, live, shared)  # mistakes in any variant, before anything is played
     refuse_mixtures((run.variant or run.folder, run.privacy) for run in study.runs)
     if connected().rank == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -209,6 +204,23 @@ def run_study(study: Study, root: Path, live: Live, progress: Progress | None) -
         with _others_go_on(scenario.folder, failures, errors):
             run_one(scenario, root / scenario.folder, live, shared, progress)
     return _study_ended(root, failures, errors)
+
+
+def of_each_variant(study: Study, make: Callable[[Prepared], T], live: Live | None, shared: dict[str, Any]) -> list[T]:
+    """Return what `make` says of the first run of every variant, prepared as if it were to be played.
+
+    Raises:
+        InputError: the mistakes of all variants, in one report.
+    """
+    mistakes, found = Mistakes(), []
+    for scenario in reversed({run.variant: run for run in reversed(study.runs)}.values()):
+        with mistakes.kept():
+            prepared = prepare(scenario, live, shared)
+            observer_of(prepared)
+            prepared.player()
+            found.append(make(prepared))
+    mistakes.refuse()
+    return found
 
 
 def _tell(folder: Path, progress: Progress | None) -> None:
@@ -366,10 +378,11 @@ def _write_queries(root: Path, player: Player, asked: int, layout: Layout) -> di
     from fedsim.engine.rounds import Rounds
     from fedsim.results.query_log import write_queries
 
-    log = player.query_log() if asked and isinstance(player, Rounds) else None
+    if not asked or not isinstance(player, Rounds):
+        return {}
+    log = player.query_log()
     if log is None:
         return {}
-    assert isinstance(player, Rounds)
     write_queries(root, log, layout)
     return {"queries_per_client": player.asked.tolist()}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import Diverged, FedsimError, InputError, Stopped
+from fedsim.locks import locked
 from fedsim.results.folder import SCENARIO, RunFolder
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _taken(folder: Path) -> Iterator[bool]:
     transport, left = connected(), False
     with ExitStack() as stack:
         if transport.rank == 0:
-            _lock(stack.enter_context((folder / SCENARIO).open()).fileno())
+            locked(stack.enter_context((folder / SCENARIO).open()).fileno(), wait=True)
             _wait_for(folder)
             left = not has_ended(folder)
         yield bool(transport.broadcast(np.array([left], np.uint8))[0])
@@ -239,15 +240,8 @@ def _taken(folder: Path) -> Iterator[bool]:
 def _wait_for(folder: Path) -> None:
     """Return once no process plays the folder's run, such as a `fedsim resume` of this cell (see `Journal`)."""
     held = os.open(folder, os.O_RDONLY)
-    _lock(held)
+    locked(held, wait=True)
     os.close(held)
-
-
-def _lock(file: int) -> None:
-    import fcntl
-
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsim.errors import InputError
+from fedsim.locks import locked
 
 if TYPE_CHECKING:
     from fedsim.transport.transport import Transport
@@ -85,11 +86,9 @@ def usable(device: str, transport: Transport) -> Device:
 def one_at_a_time(what: str) -> Iterator[None]:
     """Let one process of this user and host at a time through; where files cannot be locked, all of them."""
     with ExitStack() as stack:
-        with suppress(ImportError, OSError):
-            import fcntl
-
+        with suppress(AttributeError, OSError):  # a system without users, a folder that is not writable
             file = stack.enter_context(open(Path(tempfile.gettempdir()) / f"fedsim-{os.getuid()}-{what}.lock", "w"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            locked(file.fileno(), wait=True)  # until the file is closed
         yield
 
 

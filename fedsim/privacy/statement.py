@@ -16,7 +16,7 @@ def statement(facts: dict[str, Any]) -> list[str]:
     """Return lines for a terminal from the facts of a run, or of a study; none where nothing is private."""
     p = facts.get("privacy")
     if not p:
-        return [f"note     {note}" for note in facts.get("notes", [])]
+        return []
     if "runs" in p:
         lines = [
             f"privacy  {p['runs']} private runs on the same data spend {_pair(p, 'epsilon_of_private_runs')} together"
@@ -25,13 +25,12 @@ def statement(facts: dict[str, Any]) -> list[str]:
             lines.append(f"         and {p['unprotected_runs']} runs protect nothing, so all together do not either")
         return lines
     server = "the server is trusted" if math.isinf(p["epsilon_server"]) else "the server included"
-    lines = [
+    return [
         f"privacy  {_pair(p, 'epsilon')}, when one {p['unit']} {MEANING[p['relation']]}, against all who see what is"
         f" broadcast, {server} ({p['trust']})",
         f"         noise {p['noise']}",
         "         not covered: metrics on the data, scaling by exact statistics, the choice of hyper-parameters",
     ]
-    return lines + [f"note     {note}" for note in facts.get("notes", [])]
 
 
 def _pair(p: dict[str, Any], key: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import InputError, RunError
+from fedsim.locks import locked
 from fedsim.results.folder import RunFolder
 from fedsim.results.recorder import Recorder
 
@@ -118,14 +119,8 @@ def _held(root: Path) -> int:
     Raises:
         InputError: another process plays it, so that a resume would write over what it writes.
     """
-    import fcntl
-
     held = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locked(held, wait=False):
         os.close(held)
-        raise InputError(f"{root}: another process is playing this run") from None
-    except OSError:  # a file system without locks
-        pass
+        raise InputError(f"{root}: another process is playing this run")
     return held
