@@ -27,12 +27,19 @@ for name, solve in {"solve": lambda i: torch.linalg.solve(a[i], b[i]), "inv": la
                     "eigh": lambda i: torch.linalg.eigvalsh(a[i] + a[i].mT)}.items():
     whole = solve(slice(0, 7))
     alike[name] = all(torch.equal(solve(slice(i, i + w)), whole[i:i + w]) for w in (2, 3) for i in range(0, 7 - w))
-print(json.dumps({**found, "torch threads": torch.get_num_threads(), "alike": alike}))
+import scipy.linalg
+from threadpoolctl import threadpool_info
+blas = {part["num_threads"] for part in threadpool_info() if part["user_api"] == "blas"}
+print(json.dumps({**found, "blas threads": sorted(blas), "torch threads": torch.get_num_threads(), "alike": alike}))
 """
 
 
 def _prepared(**environment: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if k not in ("MKL_CBWR", "FEDSIM_THREADS", "OMP_NUM_THREADS")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("MKL_CBWR", "FEDSIM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
     return subprocess.run(
         [sys.executable, "-c", PROGRAM], env={**kept, **environment}, capture_output=True, text=True, check=False
     )
@@ -42,6 +49,7 @@ def test_a_fresh_process_runs_one_thread_and_strict_linear_algebra():
     """By default torch has one thread, MKL is strict, and batched solves have the same bits in blocks of 2, 3, 7."""
     found = json.loads(_prepared().stdout)
     assert found["threads"] == found["torch threads"] == 1
+    assert found["blas threads"] == [1]  # of NumPy's library and of SciPy's, which is loaded later
     assert found["mkl_cbwr"].endswith(",STRICT")
     assert all(found["alike"].values()), found["alike"]
     assert found["memory_kept"] == sys.platform.startswith("linux")

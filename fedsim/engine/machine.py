@@ -100,10 +100,11 @@ def _threads() -> int:
 
 
 def _limit_blas(threads: int) -> None:
-    """Keep NumPy's linear algebra to the same number of threads: its last bits may depend on them."""
+    """Keep NumPy's and SciPy's linear algebra to the same number of threads: its last bits may depend on them."""
     import numpy as np
     from threadpoolctl import threadpool_limits
 
+    os.environ["OPENBLAS_NUM_THREADS"] = str(threads)  # SciPy brings a library of its own, loaded when it is needed
     np.linalg.norm(np.eye(2) @ np.eye(2))  # loads the library that is to be limited
     threadpool_limits(threads, user_api="blas")
 
