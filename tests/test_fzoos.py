@@ -166,7 +166,7 @@ def test_gamma_is_one_over_t():
     history = History(torch.zeros(1, 2).double(), torch.zeros(1).double(), 1, None, 1e-6)
     for t in range(4):
         zero = torch.zeros(2).double()
-        seen.append(made._length(None, 0, t, history, zero, zero, zero))  # pyright: ignore[reportArgumentType]
+        seen.append(made._length(t, history, zero, zero, None, 5))
     assert seen == [1.0, 1 / 2, 1 / 3, 1 / 4]
 
 
@@ -178,7 +178,8 @@ def test_identical_clients_with_identical_histories_are_not_corrected():
     part, values, spread, noise = history.normalised(points[0], None)
     own = phi.weights(part, values, 1.0, noise)[0] * spread
     mean = torch.stack([own] * 5).mean(0)
-    assert phi.gradient(points[0], 1.0, mean - own).norm() <= 1e-12 * history.gradient(points[0]).norm()
+    correction = phi.gradients(points[:1], torch.ones(1).double(), (mean - own)[None])
+    assert correction.norm() <= 1e-12 * history.gradient(points[0]).norm()
 
 
 @pytest.mark.parametrize(("more", "first", "each"), [({}, 55, 530), ({"preset": "reference_code"}, 50, 535 + 10)])

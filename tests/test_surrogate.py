@@ -229,6 +229,11 @@ def test_the_nearest_are_kept_and_ties_go_to_the_older():
     assert made.nearest(torch.zeros(1).double(), None).tolist() == [0, 1, 2, 3, 4]
 
 
+def gradient(phi: Features, x: torch.Tensor, scale: float, weights: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of one client's features at a point."""
+    return phi.gradients(x[None], torch.tensor([scale], dtype=torch.float64), weights[None])[0]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_features_approximate_the_kernel_as_one_over_root_m(name):
     """RMS errors of phi'phi times sqrt(M) stay around 1; phi'phi is 1 on the diagonal in the mean."""
@@ -255,14 +260,14 @@ def test_the_gradient_of_features_converges_and_is_exact():
         of_m = []
         for seed in range(12):
             phi = Features("se", M, 10, seed)
-            of_m.append(float((phi.gradient(x, 1.0, phi.weights(points, values, 1.0, 1e-2)[0]) - exact).norm()))
+            of_m.append(float((gradient(phi, x, 1.0, phi.weights(points, values, 1.0, 1e-2)[0]) - exact).norm()))
         errors.append(np.sqrt(np.mean(np.square(of_m))))
     assert 1.7 < (errors[0] / errors[2]) ** 0.5 < 2.3
     phi, w = Features("se", 300, 10, 0), torch.randn(300, generator=torch.Generator().manual_seed(1)).double()
     at = x.clone().requires_grad_()
     angles = phi.directions @ at / 0.7 + phi.phases
     automatic = torch.autograd.grad(math.sqrt(2 / 300) * torch.cos(angles) @ w, at)[0]
-    assert torch.allclose(phi.gradient(x, 0.7, w), automatic, rtol=1e-10)
+    assert torch.allclose(gradient(phi, x, 0.7, w), automatic, rtol=1e-10)
 
 
 def test_primal_and_dual_weights_agree_and_without_noise_they_interpolate():
@@ -301,8 +306,8 @@ def test_surrogates_are_linear_in_their_weights():
         points, _ = cloud(20, 3, seed=client)
         part, values, spread, noise = history(points, size * (points**2).sum(1)).normalised(x, None)
         weights.append(phi.weights(part, values, 1.0, noise)[0] * spread)
-        gradients.append(phi.gradient(x, 1.0, weights[-1]))
-    mean = phi.gradient(x, 1.0, torch.stack(weights).mean(0))
+        gradients.append(gradient(phi, x, 1.0, weights[-1]))
+    mean = gradient(phi, x, 1.0, torch.stack(weights).mean(0))
     assert torch.allclose(mean, torch.stack(gradients).mean(0), rtol=1e-9)
 
 
@@ -319,6 +324,17 @@ def test_the_length_scale_of_a_known_process_is_found():
     assert 1.2 < best(total, 2) < 1.9
     assert best(torch.zeros(STEPS), 2) == grid(2)[STEPS // 2]
     assert best(torch.arange(STEPS).double(), 2) == grid(2)[-1]
+
+
+def test_no_gradient_of_features_depends_on_the_others_of_a_call():
+    """Gradients at three points, with scales and weights of their own, have the bits that each has alone."""
+    phi = Features("matern52", 700, 300, 0)  # in several parts
+    rng = torch.Generator().manual_seed(0)
+    x, w = torch.rand(3, 300, generator=rng).double(), torch.randn(3, 700, generator=rng).double()
+    scales = torch.tensor([0.5, 3.0, 40.0], dtype=torch.float64)
+    together = phi.gradients(x, scales, w)
+    for k in range(3):
+        assert torch.equal(gradient(phi, x[k].clone(), float(scales[k]), w[k].clone()), together[k])
 
 
 def test_features_follow_from_their_seed():

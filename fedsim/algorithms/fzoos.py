@@ -240,48 +240,51 @@ class FZooS(Federated):
             clients.ask(x[:, None])
         phi = self._features(s, x.shape[1]) if k > 0 and self.gamma != 0.0 else None
         for t in range(self.local_steps):
-            x, moments = self.optimiser(x, clients.per_row(self._direction(s, t, x, phi), x), moments)
+            x, moments = self.optimiser(x, self._directions(s, t, x, clients, phi), moments)
             x = f.inside(x) if self.clip else x
             clients.ask(x[:, None])
             if self.active and t + 1 < self.local_steps:
                 clients.ask(self._chosen(x, self.radius, f"candidates {t}", clients, f, rng))
         return x
 
-    def _direction(self, s: FZooSState, t: int, x: torch.Tensor, phi: Features | None) -> Any:
-        """Return the function of a row and its history that gives its corrected gradient at `x [rows, dim]`."""
+    def _directions(
+        self, s: FZooSState, t: int, x: torch.Tensor, clients: Clients, phi: Features | None
+    ) -> torch.Tensor:
+        """Return the corrected gradients at `x [rows, dim]` of those who take part, 0 for the others."""
 
-        def direction(row: int, history: History) -> torch.Tensor:
+        def own(row: int, history: History) -> torch.Tensor:
             if self.length_scale == "fit_each_call":
                 history.fit(self.kernel, x[row])
-            g = history.gradient(x[row])
-            if phi is None:
-                return g
-            scale = float(s.wide[row])
-            c = phi.gradient(x[row], scale, s.delta[row])
-            return g + self._length(s, row, t, history, x[row], g, c) * c
+            return history.gradient(x[row])
 
-        return direction
+        g = clients.per_row(own, x)
+        if phi is None:
+            return g
+        rows = torch.from_numpy(clients.own)
+        at, wide = x[rows], s.wide[rows]
+        corrections = phi.gradients(at, wide, s.delta[rows])
+        everybody = None
+        if self.gamma == "learned":
+            assert s.own is not None
+            everybody = corrections + phi.gradients(at, wide, s.own[rows])
+        for k, row in enumerate(clients.own):
+            c, history = corrections[k], clients.histories[int(row)]
+            drift = None if everybody is None else everybody[k] - g[row]
+            g[row] += self._length(t, history, at[k], c, drift, s.counts.shape[1]) * c
+        return g
 
     def _length(
-        self,
-        s: FZooSState,
-        row: int,
-        t: int,
-        history: History,
-        x: torch.Tensor,
-        g: torch.Tensor,
-        c: torch.Tensor,
+        self, t: int, history: History, x: torch.Tensor, c: torch.Tensor, drift: torch.Tensor | None, clients: int
     ) -> float:
-        """Return gamma of one client at local step t (from 0)."""
+        """Return gamma of one client at local step t (from 0), whose correction is c; `drift` is for learned."""
         if self.gamma == "1/t":
             return 1.0 / (t + 1)
         if self.gamma == "theory":
             assert self.heterogeneity is not None
-            return theory_length(history, x, self.heterogeneity, s.counts.shape[1], self.features)
-        if self.gamma == "learned":
-            assert s.own is not None
-            everybody = c + self._features(s, len(x)).gradient(x, float(s.wide[row]), s.own[row])
-            return best_length(everybody - g, c)
+            return theory_length(history, x, self.heterogeneity, clients, self.features)
+        if drift is not None:
+            return best_length(drift, c)
+        assert not isinstance(self.gamma, str)
         return float(self.gamma)
 
     async def _average(

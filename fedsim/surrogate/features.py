@@ -13,7 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fedsim.surrogate.kernels import Kernel, Name
+from fedsim.surrogate.kernels import Kernel, Name, lower_gram
+
+CACHE = 3 << 18  # bytes that the second-level cache keeps
 
 
 class Features:
@@ -28,15 +30,27 @@ class Features:
         self.directions = torch.from_numpy(Kernel(name, 1.0).frequencies(count, dim, rng))
         self.phases = torch.from_numpy(rng.uniform(0.0, 2.0 * math.pi, count))
         self.amplitude = math.sqrt(2.0 / count)
+        self._part = max(1, CACHE // (8 * dim))
 
     def __call__(self, points: torch.Tensor, scale: float) -> torch.Tensor:
         """Return `phi` of `points [n, dim]` at a length scale: `[n, M]`."""
-        return (points @ self.directions.T).div_(scale).add_(self.phases).cos_().mul_(self.amplitude)
+        return self._cosines(points, scale).mul_(self.amplitude)
 
-    def gradient(self, x: torch.Tensor, scale: float, weights: torch.Tensor) -> torch.Tensor:
-        """Return `grad (phi(x)' weights)` `[dim]` at `x [dim]` for `weights [M]`."""
-        angles = (self.directions @ x).div_(scale).add_(self.phases)
-        return (angles.sin_().mul_(weights) @ self.directions).mul_(-self.amplitude / scale)
+    def _cosines(self, points: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.addmm(self.phases, points / scale, self.directions.T).cos_()
+
+    def gradients(self, x: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return `grad (phi(x_i)' w_i)` `[k, dim]` at `x [k, dim]`, each with its scale `[k]` and weights `[k, M]`.
+
+        The directions are read from memory once for all, part by part; no row's bits depend on the others.
+        """
+        found, near = torch.zeros_like(x), x / scales[:, None]
+        for begin in range(0, len(self.phases), self._part):
+            part = slice(begin, begin + self._part)
+            v, phases = self.directions[part], self.phases[part]
+            for total, at, w in zip(found, near, weights, strict=True):
+                total.addmv_(v.T, torch.addmv(phases, v, at).sin_().mul_(w[part]))
+        return found.mul_(-self.amplitude / scales[:, None])
 
     def weights(
         self, points: torch.Tensor, values: torch.Tensor, scale: float, noise: float
@@ -46,29 +60,23 @@ class Features:
         The dual form: n points, n < M. With noise 0 and points that coincide the least squares of smallest norm. Points
         that are not finite give weights that are not.
         """
-        phi = self(points, scale)
-        gram, raised = _lower_gram(phi), 0
+        cosines = self._cosines(points, scale)
+        gram, raised = lower_gram(cosines, self.amplitude**2), 0
         if not bool(gram.diagonal().isfinite().all()):
             return torch.full_like(self.phases, math.nan), raised
         while True:
             gram.diagonal().add_(noise)
             factor, info = torch.linalg.cholesky_ex(gram)
             if int(info) == 0:
-                return torch.cholesky_solve(values[:, None], factor)[:, 0] @ phi, raised
+                alpha = torch.cholesky_solve(values[:, None], factor)[:, 0]
+                break
             if noise == 0.0:
                 whole = gram.tril() + gram.tril(-1).T
-                return torch.linalg.lstsq(whole, values[:, None], driver="gelsd").solution[:, 0] @ phi, raised
+                alpha = torch.linalg.lstsq(whole, values[:, None], driver="gelsd").solution[:, 0]
+                break
             gram.diagonal().sub_(noise)
             noise, raised = 10.0 * noise, raised + 1
-
-
-def _lower_gram(phi: torch.Tensor) -> torch.Tensor:
-    """Return `phi phi'` on and below the diagonal, at 5/8 of the cost; what is above is unfinished."""
-    gram, end = phi.new_zeros((len(phi), len(phi))), 0
-    for rows in phi.chunk(4):
-        begin, end = end, end + len(rows)
-        torch.mm(rows, phi[:end].T, out=gram[begin:end, :end])
-    return gram
+        return (alpha @ cosines).mul_(self.amplitude), raised
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,3 +56,23 @@ def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return `||a_i - b_j||^2` `[m, n]` from the Gram matrix; centre the points first, or digits are lost."""
     products = a @ b.T
     return products.mul_(-2.0).add_((a * a).sum(dim=1)[:, None]).add_((b * b).sum(dim=1)[None]).clamp_(min=0.0)
+
+
+def lower_gram(rows: torch.Tensor, times: float) -> torch.Tensor:
+    """Return `times rows rows'` on and below the diagonal, 0 above: half of a product's cost. `rows [n, k]` float64."""
+    return torch.from_numpy(_syrk()(times, rows.numpy().T, trans=1, lower=1))
+
+
+@cache
+def _syrk() -> Any:
+    from scipy.linalg import get_blas_funcs
+
+    return get_blas_funcs("syrk", dtype=np.float64)
+
+
+def lower_squares(z: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Return `||z_i - z_j||^2` on and below the diagonal, what a factorisation reads; `norms [n]` are the `||z_i||^2`.
+
+    Centre the points first, or digits are lost.
+    """
+    return lower_gram(z, -2.0).add_(norms).add_(norms[:, None]).clamp_(min=0.0)

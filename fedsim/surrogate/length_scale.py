@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.surrogate.kernels import Kernel, Name
+from fedsim.surrogate.kernels import Kernel, Name, lower_squares
 from fedsim.surrogate.posterior import log_likelihood
 
 STEPS = 16
@@ -21,8 +21,9 @@ def grid(dim: int) -> NDArray[np.float64]:
 
 def likelihoods(name: Name, points: torch.Tensor, values: torch.Tensor, noise: float) -> torch.Tensor:
     """Return the log marginal likelihood of one client's values at every length scale of the grid, `[STEPS]`."""
-    scales = grid(points.shape[1])
-    found = [log_likelihood(Kernel(name, float(s)), points, values, noise) for s in scales]
+    z = points - points.mean(dim=0)
+    squares = lower_squares(z, (z * z).sum(dim=1))
+    found = [log_likelihood(Kernel(name, float(s)), squares, values, noise) for s in grid(points.shape[1])]
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from fedsim.surrogate.kernels import Kernel, squared_distances
+from fedsim.surrogate.kernels import Kernel, lower_squares, squared_distances
 
-PARTS = 3  # in which a kernel matrix is made: two thirds of it are computed
 LARGEST_NOISE = 1.0  # as much noise as signal: past it the data are no longer explained by the kernel at all
 
 
@@ -37,19 +36,11 @@ class Posterior:
         self._norms = (self._z * self._z).sum(dim=1)
         if known and self.factor is not None and self._extended(known):
             return
-        k = self._kernel_matrix(self._z, self._norms)
-        self.factor = self._factored(k)
+        self.factor = self.factored(lower_squares(self._z, self._norms))
 
-    def _kernel_matrix(self, z: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """Return the kernel's values below the diagonal, which are all that a factorisation reads."""
-        k, end = z.new_zeros((len(z), len(z))), 0
-        for rows in z.chunk(PARTS):
-            begin, end = end, end + len(rows)
-            squared = torch.addmm(norms[None, :end], rows, z[:end].T, alpha=-2.0).add_(norms[begin:end, None])
-            k[begin:end, :end] = self.kernel.value(squared.clamp_(min=0.0))
-        return k
-
-    def _factored(self, k: torch.Tensor) -> torch.Tensor:
+    def factored(self, squares: torch.Tensor) -> torch.Tensor:
+        """Return the factor of `K + noise I` of points with such `lower_squares`, which are overwritten."""
+        k = self.kernel.value(squares)
         while True:
             k.fill_diagonal_(1.0 + self.noise)
             factor, info = torch.linalg.cholesky_ex(k)
@@ -103,10 +94,8 @@ class Posterior:
         return (total - (own - 2.0 * mixed + pairs)).clamp(0.0, total)
 
 
-def log_likelihood(kernel: Kernel, points: torch.Tensor, values: torch.Tensor, noise: float) -> float:
-    """Return the log marginal likelihood of `values [n]` at `points [n, dim]`, without its constant."""
-    posterior = Posterior(kernel, noise)
-    posterior.condition(points, points.mean(dim=0))
-    assert posterior.factor is not None
-    half = torch.linalg.solve_triangular(posterior.factor, values[:, None], upper=False)
-    return -0.5 * float((half * half).sum()) - float(posterior.factor.diagonal().log().sum())
+def log_likelihood(kernel: Kernel, squares: torch.Tensor, values: torch.Tensor, noise: float) -> float:
+    """Return the log marginal likelihood of `values [n]` at points with such `lower_squares`, without its constant."""
+    factor = Posterior(kernel, noise).factored(squares.clone())
+    half = torch.linalg.solve_triangular(factor, values[:, None], upper=False)
+    return -0.5 * float((half * half).sum()) - float(factor.diagonal().log().sum())
