@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedsim.engine.addresses import addresses_of, copy_rows
 from fedsim.errors import RunError
-from fedsim.transport.transport import as_bytes
+from fedsim.transport.transport import Bytes, as_bytes
 
 if TYPE_CHECKING:
     from fedsim.algorithms.requests import Packet
@@ -38,6 +38,19 @@ class Underway:
     finish: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Messages:
+    """The buffers of rows of one width, kept from request to request: what goes out, what comes in.
+
+    Attributes:
+        addresses: int64 `[ghosts]`, where each ghost's row lies in what comes in.
+    """
+
+    sends: dict[int, Bytes]
+    receives: dict[int, Bytes]
+    addresses: Ints
+
+
 class Ghosts:
     """The neighbours' rows that lie on other ranks, in ascending position.
 
@@ -50,6 +63,7 @@ class Ghosts:
 
     def __init__(self, layout: Layout) -> None:
         self._layout, self._number = layout, 0
+        self._question, self._question_code = "", 0
         ends = layout.topology.position[layout.topology.edges]
         inside = (ends >= layout.lo) & (ends < layout.hi)
         cut = ends[inside[:, 0] != inside[:, 1]]
@@ -63,6 +77,7 @@ class Ghosts:
         far_owner = layout.owner(far)
         self._to = {r: np.unique(own[far_owner == r]) - layout.lo for r in self._places}
         self.copies: dict[str, NDArray] = {}
+        self._messages: dict[int, Messages] = {}  # of the width that was last asked for
 
     def local(self, csr: Csr) -> Csr:
         """Return this rank's rows of a matrix over positions; columns are own rows, then ghosts, order kept."""
@@ -94,7 +109,8 @@ class Ghosts:
     def agree(self, question: str) -> None:
         """Remember what is asked for, so that the next messages carry it."""
         self._number += 1
-        self._question = question
+        if question != self._question:
+            self._question, self._question_code = question, zlib.crc32(question.encode())
 
     @property
     def sent(self) -> dict[int, Ints]:
@@ -112,11 +128,11 @@ class Ghosts:
         Raises:
             RunError: as `Underway.finish`.
         """
-        head = np.array([self._number, zlib.crc32(self._question.encode()), width], np.int64)
+        head = self._head(width)
         theirs = {peer: np.empty(HEADER * 8, np.uint8) for peer in self._places}
-        self._layout.transport.exchange({peer: as_bytes(head) for peer in self._to}, theirs)
+        self._layout.transport.exchange(dict.fromkeys(self._to, head), theirs)
         for peer, message in theirs.items():
-            self._check(peer, message.view(np.int64), head)
+            self._check(peer, message, head)
 
     def send(self, places: Ints, like: NDArray) -> Underway | None:
         """Send the rows that others need, and say where the ghosts' rows will lie; None with one rank.
@@ -127,23 +143,34 @@ class Ghosts:
         """
         if self._layout.size == 1:
             return None
-        head = np.array([self._number, zlib.crc32(self._question.encode()), like.nbytes], np.int64)
-        sends, receives, addresses = {}, {}, np.empty(len(self.positions), np.int64)
-        for peer, rows in self._to.items():
-            message = sends[peer] = np.empty(HEADER * 8 + len(rows) * like.nbytes, np.uint8)
-            message[: HEADER * 8] = head.view(np.uint8)
-            copy_rows(places[rows], like.nbytes, message.ctypes.data + HEADER * 8)
-        for peer, place in self._places.items():
-            message = receives[peer] = np.empty(HEADER * 8 + len(place) * like.nbytes, np.uint8)
-            addresses[place] = message.ctypes.data + HEADER * 8 + np.arange(len(place)) * like.nbytes
-        wait = self._layout.transport.start(sends, receives)
+        head = self._head(like.nbytes)
+        messages = self._messages.get(like.nbytes)
+        if messages is None:
+            messages = self._buffers(like.nbytes)
+            self._messages = {like.nbytes: messages}
+        for peer, message in messages.sends.items():
+            message[: HEADER * 8] = head
+            copy_rows(places[self._to[peer]], like.nbytes, message.ctypes.data + HEADER * 8)
+        wait = self._layout.transport.start(messages.sends, messages.receives)
 
         def finish() -> None:
             wait()
-            for peer, message in receives.items():
-                self._check(peer, message[: HEADER * 8].view(np.int64), head)
+            for peer, message in messages.receives.items():
+                self._check(peer, message[: HEADER * 8], head)
 
-        return Underway(addresses, finish)
+        return Underway(messages.addresses, finish)
+
+    def _buffers(self, width: int) -> Messages:
+        sends = {peer: np.empty(HEADER * 8 + len(rows) * width, np.uint8) for peer, rows in self._to.items()}
+        receives, addresses = {}, np.empty(len(self.positions), np.int64)
+        for peer, place in self._places.items():
+            message = receives[peer] = np.empty(HEADER * 8 + len(place) * width, np.uint8)
+            addresses[place] = message.ctypes.data + HEADER * 8 + np.arange(len(place)) * width
+        return Messages(sends, receives, addresses)
+
+    def _head(self, width: int) -> Bytes:
+        """Return what every message of this request begins with, as bytes `[8 * HEADER]`."""
+        return as_bytes(np.array([self._number, self._question_code, width], np.int64))
 
     def send_packed(
         self, packets: Sequence[Packet], blocks: Sequence[slice], onto: NDArray | None = None, name: str = ""
@@ -159,13 +186,13 @@ class Ghosts:
         if self._layout.size == 1:
             return None
         bodies = {r: [_body(packets, blocks, int(row)) for row in rows] for r, rows in self._to.items()}
-        head = np.array([self._number, zlib.crc32(self._question.encode()), -1], np.int64)
-        sizes = {r: np.array([*head, *map(len, parts)], np.int64) for r, parts in bodies.items()}
+        head = self._head(-1)
+        sizes = {r: np.array([*head.view(np.int64), *map(len, parts)], np.int64) for r, parts in bodies.items()}
         theirs = {r: np.empty(8 * (HEADER + len(place)), np.uint8) for r, place in self._places.items()}
         self._layout.transport.exchange({r: as_bytes(size) for r, size in sizes.items()}, theirs)
         lengths = {r: message.view(np.int64)[HEADER:] for r, message in theirs.items()}
         for peer, message in theirs.items():
-            self._check(peer, message.view(np.int64)[:HEADER], head)
+            self._check(peer, message[: HEADER * 8], head)
         sends = {r: np.frombuffer(b"".join(parts), np.uint8) for r, parts in bodies.items()}
         receives = {r: np.empty(int(length.sum()), np.uint8) for r, length in lengths.items()}
         wait = self._layout.transport.start(sends, receives)
@@ -212,13 +239,15 @@ class Ghosts:
 
         return Underway(addresses_of(whole), finish)
 
-    def _check(self, peer: int, theirs: Ints, mine: Ints) -> None:
-        if not np.array_equal(theirs, mine):
-            raise RunError(
-                f"ranks disagree on the next request: rank {self._layout.rank} asks for {self._question} (request"
-                f" {mine[0]}, {mine[2]} bytes a row), rank {peer} for something else (request {theirs[0]},"
-                f" {theirs[2]} bytes a row)"
-            )
+    def _check(self, peer: int, theirs: Bytes, mine: Bytes) -> None:
+        if theirs.tobytes() == mine.tobytes():
+            return
+        (number, _, width), (other, _, far_width) = mine.view(np.int64), theirs.view(np.int64)
+        raise RunError(
+            f"ranks disagree on the next request: rank {self._layout.rank} asks for {self._question} (request"
+            f" {number}, {width} bytes a row), rank {peer} for something else (request {other},"
+            f" {far_width} bytes a row)"
+        )
 
 
 def _body(packets: Sequence[Packet], blocks: Sequence[slice], row: int) -> bytes:
