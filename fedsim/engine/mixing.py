@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TILE = 1024  # columns of one pass: the sum of a row stays in the first-level cache
 CACHE, LARGE = 3 << 18, 1 << 24  # bytes that the second-level cache keeps, and that no cache keeps for long
 NARROW = 64  # columns below which passes over all rows cost more than they save
+CLAIMED = 384, 1280  # bytes of rows that are asked for two rows before they are written; of others that costs time
 
 
 @intrinsic
@@ -31,19 +32,26 @@ def _pointer(_context: Any, _address: Any, like: Any = None) -> Any:
     return target(types.int64, like), code
 
 
-@intrinsic
-def _fetch(_context: Any, _address: Any = None) -> Any:
-    """Ask for the line of memory at an address, without waiting for it."""
-    from llvmlite import ir
+def _prefetch(write: int) -> Any:
+    """Make the instruction that asks for the line of memory at an address, to read or to write, and does not wait."""
 
-    def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
-        builder.call(prefetch, [builder.inttoptr(args[0], place), number(0), number(3), number(1)])
-        return context.get_dummy_value()
+    @intrinsic
+    def fetch(_context: Any, _address: Any = None) -> Any:
+        from llvmlite import ir
 
-    return types.void(types.int64), code
+        def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            place, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [place, number, number, number])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+            builder.call(prefetch, [builder.inttoptr(args[0], place), number(write), number(3), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), code
+
+    return fetch
+
+
+_fetch, _claim = _prefetch(0), _prefetch(1)
 
 
 # Rows are bare pointers, in one function: counting references to arrays would cost more than the sum of a short row.
@@ -63,6 +71,7 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
     tile = CACHE // (len(addresses) * size) // 32 * 32
     ahead = tile >= NARROW and len(addresses) * dim * size > LARGE  # fetch the next columns while these are summed
     tile = tile if ahead else TILE
+    claimed = dim * size if CLAIMED[0] <= dim * size <= CLAIMED[1] else 0
     for start in range(0, dim, tile):
         n, shift = min(tile, dim - start), start * size
         begin = base + shift
@@ -70,6 +79,8 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
         for row in range(out.shape[0]):
             for line in range(0, following, 64):
                 _fetch(begin + addresses[first + row] + n * size + line)
+            for line in range(0, claimed, 64):
+                _claim(written + (row + 2) * dim * size + line)
             p, end = offsets[first + row], offsets[first + row + 1]
             total = _pointer(written + row * dim * size + shift, out)
             if p + 5 <= end:
