@@ -411,24 +411,41 @@ def to_time(state, table, room, i, t):  # pragma: no cover - compiled
 @lean
 def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
     """Begin an exchange with another rank: flow row i to t, and write what it sends to its place in `messages`."""
-    dim = len(room.x)
-    at = i * len(table.point) * dim
-    to_time(state, table, room, i, t)
-    _weighted(room.x, table.message, state.v, at, dim, dim)
-    _copy(messages, i * dim, room.x, 0, dim)
+    k, dim, v = len(table.point), len(room.x), state.v
+    moves = _elapse(state, table, i, t, room.flow, 0)
+    for lo in range(0, dim, TILE):
+        size, at = min(TILE, dim - lo), i * k * dim + lo
+        if moves:
+            _times(room.own, room.total, v, at, dim, room.flow, 0, table.pattern, True, size)
+            for a in range(k):
+                _copy(v, at + a * dim, room.own, a * TILE, size)
+        _weighted(room.m, table.message, v, at, dim, size)
+        _copy(messages, i * dim + lo, room.m, 0, size)
 
 
 @lean
-def end(state, table, room, i, e, sign, depth):  # pragma: no cover - compiled
-    """End it with the first end's message in `room.g`, the second's in `room.x`; i is the first where sign is 1."""
-    dim, jump = len(room.x), room.jump
-    _add(room.g, 0, -1.0, room.x, 0, dim)
+def end(state, table, room, i, e, sign, messages, theirs, at, depth):  # pragma: no cover - compiled
+    """End it: row i, whose message is in its place, takes the first end's message minus the second's.
+
+    Args:
+        sign: 1 where i is the first end, else -1. theirs, at: the other end's message, from place `at` on.
+    """
+    k, dim, jump, m, good = len(table.point), len(room.x), room.jump, room.m, True
     _write_jump(table, jump, e)
-    for a in range(len(table.point)):
-        if jump[a] != 0.0:
-            _add(state.v, (i * len(table.point) + a) * dim, sign * jump[a], room.g, 0, dim)
+    for lo in range(0, dim, TILE):
+        size = min(TILE, dim - lo)
+        if sign > 0.0:
+            _copy(m, 0, messages, i * dim + lo, size)
+            _add(m, 0, -1.0, theirs, at + lo, size)
+        else:
+            _copy(m, 0, theirs, at + lo, size)
+            _add(m, 0, -1.0, messages, i * dim + lo, size)
+        good &= _finite(m, size)
+        for a in range(k):
+            if jump[a] != 0.0:
+                _add(state.v, (i * k + a) * dim + lo, sign * jump[a], m, 0, size)
     state.depth[i] = max(state.depth[i], depth) + 1
-    return _finite(room.g, dim)
+    return good
 
 
 @lean

@@ -127,7 +127,7 @@ class Waves:
     def meet(self, batch: Batch, events: Ints, inbox: Inbox, slots: Ints) -> int:
         """End exchanges with what other ranks sent, at `slots` of the inbox; return the first bad event."""
         state, table, room = self._compiled
-        return _meet(state, table, room, batch, events, self._wave, inbox.message, inbox.depth, slots)
+        return _meet(state, table, room, batch, events, self._wave, inbox.message.reshape(-1), inbox.depth, slots)
 
     def _answer(self, batch: Batch, awaited: int) -> int:
         """Compute what is awaited, let the events end with it, and return the first that is not finite."""
@@ -225,10 +225,8 @@ def _meet(state, table, room, batch, events, wave, inbox, depths, slots):  # pra
         event, slot = events[place], slots[place]
         first = batch.a[event] >= 0
         row = batch.a[event] if first else batch.b[event]
-        mine = wave.message[row * dim : (row + 1) * dim]
-        room.g[:] = mine if first else inbox[slot]
-        room.x[:] = inbox[slot] if first else mine
         wave.away[row] = False
-        if not end(state, table, room, row, batch.edge[event], 1.0 if first else -1.0, depths[slot]):
+        sign, edge, at = 1.0 if first else -1.0, batch.edge[event], slot * dim
+        if not end(state, table, room, row, edge, sign, wave.message, inbox, at, depths[slot]):
             bad = min(bad, event)
     return bad

@@ -71,9 +71,10 @@ class Gossip:
         self._now, quiet, place, ended = now, set(), 0, False
         while True:
             t = now()
-            while place < len(ticks.time) and ticks.time[place] <= t and t < until:
+            while place < len(ticks.time) and ticks.time[place] <= t < until:  # not those of meanwhile: others wait
                 self._tick(int(ticks.edge[place]))
-                place, t = place + 1, now()
+                place += 1
+            t = now()
             if not ended and t >= until:
                 for queue in self._due:
                     queue.clear()  # no new offers

@@ -8,6 +8,7 @@ import selectors
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ HELLO = struct.Struct("<32si")
 FRAME = struct.Struct("<c3xiqq")  # kind, edge, number of the offer, depth; the numbers behind it lie aligned
 OFFER, ANSWER, QUIET = b"o", b"a", b"q"
 REACH = 20.0  # seconds in which all connections must stand
+PATIENCE = 30.0  # seconds in which a peer must take more of a message
+BUFFER = 1 << 19  # bytes of a connection within a host: what a cache keeps; Linux would let it grow far beyond
 
 
 class Frame(NamedTuple):
@@ -48,9 +51,13 @@ class Mesh:
         self._selector = selectors.DefaultSelector()
         self._connections = self._connect(transport, peers)
         self._inbox = {rank: (np.empty(self._size, np.uint8), 0) for rank in self._connections}
+        self._ready: deque[tuple[int, Frame]] = deque()
         for rank, connection in self._connections.items():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(30.0)
+            if connection.getpeername()[0] == connection.getsockname()[0]:
+                for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    connection.setsockopt(socket.SOL_SOCKET, which, BUFFER)
+            connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ, rank)
 
     @property
@@ -59,18 +66,43 @@ class Mesh:
         return list(self._connections)
 
     def send(self, rank: int, frame: Frame) -> None:
-        """Send a frame; blocks while the peer's buffer is full."""
+        """Send a frame. While the peer takes no more, take what comes: it may be sending to us.
+
+        Raises:
+            RunError: the peer is gone, or has taken nothing for half a minute; or as `arrived`.
+        """
         head = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
-        body = frame.m.data.cast("B") if frame.kind != QUIET else memoryview(b"")
-        self.sent += len(head) + len(body)
+        left = [memoryview(head)] if frame.kind == QUIET else [memoryview(head), frame.m.data.cast("B")]
+        connection, size = self._connections[rank], sum(map(len, left))
+        self.sent += size
+        while size:
+            try:
+                begun = connection.sendmsg(left)
+            except BlockingIOError:
+                self._wait_for(rank)
+                continue
+            except OSError as error:
+                raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
+            size -= begun
+            while left and begun >= len(left[0]):
+                begun -= len(left.pop(0))
+            if left:
+                left[0] = left[0][begun:]
+
+    def _wait_for(self, rank: int) -> None:
+        """Block until a peer takes more, receiving meanwhile."""
+        connection, both = self._connections[rank], selectors.EVENT_READ | selectors.EVENT_WRITE
+        self._selector.modify(connection, both, rank)
         try:
-            begun = self._connections[rank].sendmsg([head, body])
-            if begun < len(head):
-                self._connections[rank].sendall(head[begun:])
-            if begun < len(head) + len(body):
-                self._connections[rank].sendall(body[max(0, begun - len(head)) :])
-        except OSError as error:
-            raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
+            while ready := self._selector.select(PATIENCE):
+                for key, events in ready:
+                    if events & selectors.EVENT_READ:
+                        self._receive(key.data)
+                if any(events & selectors.EVENT_WRITE for _, events in ready):
+                    return
+        finally:
+            self._selector.modify(connection, selectors.EVENT_READ, rank)
+        raise RunError(f"rank {rank} cannot be reached any more: it has taken nothing for {PATIENCE:g} s")
 
     def arrived(self, wait: float) -> Iterator[tuple[int, Frame]]:
         """Block for at most `wait` seconds, then yield (rank, frame) of what has come.
@@ -78,17 +110,22 @@ class Mesh:
         Raises:
             RunError: a connection is closed, or what came is no frame.
         """
-        for key, _ in self._selector.select(max(wait, 0.0)):
-            rank = key.data
-            buffer, filled = self._inbox[rank]
-            try:
-                more = self._connections[rank].recv_into(buffer[filled:].data)
-            except OSError as error:
-                raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
-            if not more:
-                raise RunError(f"rank {rank} is gone in the middle of a live run")
-            self._inbox[rank] = buffer, filled + more
-            yield from ((rank, frame) for frame in self._frames(rank))
+        for key, _ in self._selector.select(0.0 if self._ready else max(wait, 0.0)):
+            self._receive(key.data)
+        while self._ready:
+            yield self._ready.popleft()
+
+    def _receive(self, rank: int) -> None:
+        """Take what a rank has sent, as far as it has come."""
+        buffer, filled = self._inbox[rank]
+        try:
+            more = self._connections[rank].recv_into(buffer[filled:].data)
+        except OSError as error:
+            raise RunError(f"rank {rank} cannot be reached any more: {error}") from error
+        if not more:
+            raise RunError(f"rank {rank} is gone in the middle of a live run")
+        self._inbox[rank] = buffer, filled + more
+        self._ready.extend((rank, frame) for frame in self._frames(rank))
 
     def _frames(self, rank: int) -> Iterator[Frame]:
         """Take whole frames out of what a rank has sent: its numbers stay where they were received."""

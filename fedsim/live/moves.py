@@ -68,9 +68,5 @@ def _tell(state, table, room, i, t, messages):  # pragma: no cover - compiled
 
 @njit(cache=True, error_model="numpy", nogil=True)
 def _end(state, table, room, i, t, e, first, messages, theirs, depth):  # pragma: no cover - compiled
-    dim = len(room.x)
     to_time(state, table, room, i, t)
-    mine = messages[i * dim : (i + 1) * dim]
-    room.g[:] = mine if first else theirs
-    room.x[:] = theirs if first else mine
-    return end(state, table, room, i, e, 1.0 if first else -1.0, depth)
+    return end(state, table, room, i, e, 1.0 if first else -1.0, messages, theirs, 0, depth)
