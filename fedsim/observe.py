@@ -113,7 +113,7 @@ class Observer:
             if name not in allowed and not self._is_of_a_node(name):
                 hint = did_you_mean(name, allowed)
                 if name.partition(".")[0] in HELD_OUT:
-                    hint = " (metrics of held-out records need data.held_out and a problem of kind module)"
+                    hint = " (metrics of held-out records need data.held_out, and accuracy needs classes)"
                 raise InputError(f"record.metrics: {name!r} is unknown{hint}; this problem has {', '.join(allowed)}")
         if "distance" in self.names and self._optimum is None:
             raise InputError(

@@ -223,8 +223,8 @@ def test_run_json_says_what_kind_of_error_ones_own_code_raised(tmp_path):
 
 
 def test_metrics_of_held_out_records_say_what_they_need():
-    """A regression that asks for `test_accuracy` is told which problems have it, not only that it is unknown."""
-    data = {"kind": "breast_cancer", "held_out": 0.2}
+    """A problem without held-out records that is asked for `test_accuracy` says so, not only that it is unknown."""
+    data = {"kind": "breast_cancer"}
     scenario = {
         "topology": {"kind": "ring", "n": 5},
         "problem": {"kind": "logistic", "l2": 0.1, "data": data},
@@ -232,7 +232,7 @@ def test_metrics_of_held_out_records_say_what_they_need():
         "schedule": {"horizon": 2},
         "record": {"metrics": ["test_accuracy"]},
     }
-    with pytest.raises(InputError, match=r"held-out records need data\.held_out and a problem of kind module"):
+    with pytest.raises(InputError, match=r"held-out records need data\.held_out, and accuracy needs classes"):
         fedsim.check(scenario)
 
 

@@ -243,6 +243,26 @@ def test_weights_by_samples_pool_the_records():
     assert torch.allclose(pooled.optimum(), whole.optimum(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ridge", "logistic", "nonconvex", "multinomial"])
+def test_held_out_records_are_judged_as_if_a_node_had_them(name):
+    """Test loss is the loss, without penalties, of a node that owns the held-out records; accuracy that of argmax."""
+    problem = made(name, data={**SPECS[name]["data"], "held_out": 0.3})
+    other, x = problem.data.held_out, points(problem)
+    owner = {"ridge": LeastSquares, "logistic": Logistic, "nonconvex": Logistic, "multinomial": Multinomial}[name]
+    losses = torch.cat([owner(other, [np.arange(len(other))]).loss(row[None], np.zeros(1, int)) for row in x])
+    own = {key: metric(x) for key, metric in problem.local_metrics().items()}
+    assert torch.allclose(own["node_test_loss"], losses, rtol=1e-12)
+    assert problem.metrics()["test_loss"](x[:1]) == pytest.approx(float(losses[0]), rel=1e-12)
+    assert ("test_accuracy" in problem.metrics()) == ("node_test_accuracy" in own) == (name != "ridge")
+    if name != "ridge":
+        rows = x.numpy().reshape(N, -1, other.features.shape[1])
+        logits = other.features @ (np.stack([0 * rows[:, 0], rows[:, 0]], 1) if rows.shape[1] == 1 else rows).mT
+        right = (logits.argmax(axis=2) == other.labels).mean(axis=1)
+        assert own["node_test_accuracy"].numpy() == pytest.approx(right)
+        assert problem.metrics()["test_accuracy"](x[:1]) == pytest.approx(right[0])
+    assert not made(name).local_metrics()
+
+
 def test_without_l2_a_logistic_optimum_is_not_claimed():
     """mu = 0: no optimum, so no `distance` is reported."""
     problem = made("logistic", l2=0.0)

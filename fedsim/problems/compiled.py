@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,6 +179,32 @@ class RecordsProblem(CompiledProblem):
 
         return DenseRecords([Layer(features.shape[1], outputs, bias=False)], "none", output_gradient, records)
 
+    def judge(self, x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
+        """Return each record's loss at x `[dim]`, and whether x tells its class right; None where it has no class."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Callable[[torch.Tensor], float]]:
+        """Return the mean model's loss on the held-out records, and its accuracy where labels are classes."""
+        return {f"test_{name}": partial(self._of_mean, column) for column, name in enumerate(self._held_out_names)}
+
+    def local_metrics(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Return loss and accuracy of each node's own model on the held-out records."""
+        return {f"node_test_{name}": partial(self._of_rows, column) for column, name in enumerate(self._held_out_names)}
+
+    @property
+    def _held_out_names(self) -> tuple[str, ...]:
+        if self.data.held_out is None:
+            return ()
+        return ("loss",) if self.data.task == "regression" else ("loss", "accuracy")
+
+    def _of_mean(self, column: int, x: torch.Tensor) -> float:
+        return float(self._of_rows(column, x)[0])
+
+    def _of_rows(self, column: int, x: torch.Tensor) -> torch.Tensor:
+        assert self.data.held_out is not None
+        found = [self.judge(row, self.data.held_out)[column] for row in x.double().numpy(force=True)]
+        return torch.tensor([float(np.mean(part)) for part in found if part is not None], dtype=torch.float64)
+
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes and the partition's table."""
         from fedsim.problems.partition import report
@@ -187,6 +213,7 @@ class RecordsProblem(CompiledProblem):
         return {
             "data": self.data.name,
             "records": int(self.records.sum()),
+            "held_out": 0 if self.data.held_out is None else len(self.data.held_out),
             "partition": {"header": list(table.header), "counts": np.asarray(table.counts).tolist()},
         }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 
 from fedsim.errors import InputError, Unsupported
 from fedsim.problems.compiled import GRADIENT, LOSS, RecordsProblem, dot, finish, place
@@ -77,6 +78,10 @@ class LeastSquares(RecordsProblem):
         from fedsim.problems.dense import square_slope
 
         return self.dense(1, square_slope, self.labels)
+
+    def judge(self, x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], None]:
+        """Return each record's squared residual."""
+        return (data.features @ x - data.labels) ** 2, None
 
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by QR of the weighted records, or None where it is not unique.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 
 from fedsim.errors import InputError
 from fedsim.problems.compiled import GRADIENT, LOSS, RecordsProblem, dot, finish, place
@@ -74,6 +75,10 @@ class Logistic(RecordsProblem):
 
         return self.dense(1, logistic_slope, self.labels)
 
+    def judge(self, x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return each record's loss, and whether the sign is right."""
+        return judged_signs(x, data)
+
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by Newton's method, or None without l2 (it may not exist)."""
         if self.l2 == 0:
@@ -93,6 +98,12 @@ class Logistic(RecordsProblem):
         p = 0.5 * (1 + np.tanh(0.5 * self.labels * (self.features @ x)))
         curvature = self.record_weights() * p * (1 - p)
         return (self.features.T * curvature) @ self.features + self.l2 * float(np.mean(self.scale)) * np.eye(self.dim)
+
+
+def judged_signs(x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the logistic loss of each record of two classes at x `[dim]`, and whether `a'x` has its sign."""
+    scores, signs = data.features @ x, data.signs
+    return np.logaddexp(0.0, -signs * scores), (scores > 0.0) == (signs > 0.0)
 
 
 @njit(inline="always")
@@ -167,6 +178,12 @@ class Multinomial(RecordsProblem):
         from fedsim.problems.dense import cross_entropy_slope
 
         return self.dense(self.classes, cross_entropy_slope, self.labels.astype(np.int64))
+
+    def judge(self, x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return each record's loss, and whether its class has the largest logit."""
+        logits = data.features @ x.reshape(self.classes, -1).T
+        own = logits[np.arange(len(data)), data.labels]
+        return np.logaddexp.reduce(logits, axis=1) - own, logits.argmax(axis=1) == data.labels
 
     def optimum(self) -> torch.Tensor | None:
         """Return the minimiser by Newton's method with conjugate gradients, or None without l2."""

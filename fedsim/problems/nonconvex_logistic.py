@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from fedsim.errors import InputError
 from fedsim.problems.compiled import GRADIENT, LOSS, RecordsProblem, dot, place
 from fedsim.problems.data.table import Data
+from fedsim.problems.logistic import judged_signs
 
 
 @njit(GRADIENT, cache=True)
@@ -64,3 +66,7 @@ class NonconvexLogistic(RecordsProblem):
         super().__init__(data, data.signs, parts, penalty, weights)  # the tables hold it where others hold l2
         self.l2, self.penalty, self.dim = 0.0, float(penalty), self.features.shape[1]
         self.L = self.scale * (self.largest_eigenvalues() / 4 + 2 * self.penalty)
+
+    def judge(self, x: NDArray[np.float64], data: Data) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return each record's loss, without the penalty, and whether the sign is right."""
+        return judged_signs(x, data)
