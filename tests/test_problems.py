@@ -9,7 +9,7 @@ import torch
 import fedsim
 from fedsim.algorithms.algorithm import Sampling
 from fedsim.engine.sampling import draw
-from fedsim.errors import InputError, Unsupported
+from fedsim.errors import InputError, RunError, Unsupported
 from fedsim.problems.build import build
 from fedsim.problems.data.table import Data
 from fedsim.problems.least_squares import LeastSquares
@@ -295,6 +295,14 @@ def test_problems_that_mean_nothing_are_refused(spec, message):
     """Each refusal says what was given and what is needed."""
     with pytest.raises(InputError, match=message):
         build(spec, N, 0, Path())
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_model_in_single_precision_is_refused_in_words(what):
+    """Problems that compute in float64 say so, and what to do; the compiler is not asked."""
+    problem = made("ridge")
+    with pytest.raises(RunError, match=r"'ridge' computes in float64, and was given points of torch\.float32"):
+        getattr(problem, what)(points(problem).float(), np.arange(N))
 
 
 def test_building_a_module_leaves_global_randomness_alone():

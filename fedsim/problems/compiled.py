@@ -14,6 +14,7 @@ from numba.core.types import CompileResultWAP
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from fedsim.errors import RunError
 from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class CompiledProblem(Problem):
 
     def gradient(self, x: torch.Tensor, nodes: Nodes, batch: Minibatch | None = None) -> torch.Tensor:
         """Return `grad f_i(x_i)` `[rows, dim]`."""
-        rows = np.ascontiguousarray(x.numpy(force=True))
+        rows = self._doubles(x)
         indices, weights = _everything(len(nodes)) if batch is None else (batch.indices, batch.weights)
         out, scratch = np.empty_like(rows), np.empty(self._scratch)
         slots = np.ascontiguousarray(nodes, dtype=np.int64)
@@ -106,11 +107,19 @@ class CompiledProblem(Problem):
     def loss(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor:
         """Return `f_i(x_i)` `[rows]`."""
         out, scratch = np.empty(len(nodes)), np.empty(self._scratch)
-        rows = np.ascontiguousarray(x.detach().numpy())
+        rows = self._doubles(x)
         losses(
             self._loss_address, np.ascontiguousarray(nodes, dtype=np.int64), rows, self._reals, self._ints, scratch, out
         )
         return torch.from_numpy(out)
+
+    def _doubles(self, x: torch.Tensor) -> NDArray[np.float64]:
+        if x.dtype != torch.float64:
+            raise RunError(
+                f"problem {self.kind!r} computes in float64, and was given points of {x.dtype}: keep the model in"
+                " double precision, and shorten only what is sent (compression: low_precision)"
+            )
+        return np.ascontiguousarray(x.numpy(force=True))
 
     def compiled(self, nodes: Nodes) -> CompiledObjective:
         """Return the compiled gradient over these nodes."""
