@@ -5,6 +5,8 @@ Rows are named by their addresses, so that they may lie in several blocks, or wh
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +17,23 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from fedsim.topology.topology import Topology
 
+
+def _second_level_cache() -> int:
+    """Return how many bytes of all rows a core's second-level cache can hold; 1 MB where the system does not say.
+
+    Below 1 MB none: long pieces of rows are then read faster than the few columns that it would hold.
+    """
+    for place in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with suppress(OSError, ValueError):
+            if (place / "level").read_text().strip() == "2":
+                size = int((place / "size").read_text().strip().removesuffix("K")) << 10
+                return 3 * size // 4 if size >= 1 << 20 else 0
+    return 3 << 18
+
+
 TILE = 1024  # columns of one pass: the sum of a row stays in the first-level cache
-CACHE, LARGE = 3 << 18, 1 << 24  # bytes that the second-level cache keeps, and that no cache keeps for long
+CACHE = _second_level_cache()
+LARGE = 1 << 24  # bytes that no cache keeps for long
 NARROW = 64  # columns below which passes over all rows cost more than they save
 CLAIMED = 384, 1280  # bytes of rows that are asked for two rows before they are written; of others that costs time
 
@@ -63,9 +80,9 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
 
     `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins,
     counted from `base`.
-    Large values are taken by columns, as many as a cache holds of all rows: each number is then fetched from memory
-    once, not once per neighbour. Five neighbours are taken at once where there are as many (a torus, a 4-regular
-    graph), then four, then one.
+    Large values are taken by columns, as many as a large second-level cache holds of all rows: each number is then
+    fetched from memory once, not once per neighbour. Five neighbours are taken at once where there are as many (a
+    torus, a 4-regular graph), then four, then one.
     """
     dim, size, written = out.shape[1], out.itemsize, out.ctypes.data
     tile = CACHE // (len(addresses) * size) // 32 * 32
