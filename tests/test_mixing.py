@@ -5,7 +5,9 @@ from __future__ import annotations
 import networkx as nx
 import numpy as np
 import pytest
+from numba import njit
 
+from fedsim.engine import mixing
 from fedsim.engine.addresses import addresses_of
 from fedsim.engine.mixing import by_position, mix_rows
 from fedsim.topology.mixing import mixing_matrix
@@ -77,3 +79,16 @@ def test_columns_do_not_change_a_bit():
     whole = _mix(csr, values)
     for begin, end in [(0, 1), (1, 4), (4, 1200), (1200, 1500)]:
         assert np.array_equal(_mix(csr, np.ascontiguousarray(values[:, begin:end])), whole[:, begin:end])
+
+
+@pytest.mark.parametrize("columns", [0, 96])
+def test_no_cache_changes_a_bit(monkeypatch, columns):
+    """Taken by so many columns of all rows as a cache would hold, or by pieces of rows, the sums have the same bits."""
+    topology, _, csr = _case("wheel")
+    values = np.random.default_rng(4).standard_normal((topology.n, 1234))
+    expected = _mix(csr, values)
+    monkeypatch.setattr(mixing, "LARGE", 1000)
+    monkeypatch.setattr(mixing, "CACHE", 8 * topology.n * columns)
+    out = np.empty_like(values)
+    njit(error_model="numpy")(mix_rows.py_func)(0, *csr, 0, addresses_of(values), out)
+    assert np.array_equal(out, expected)
