@@ -41,6 +41,32 @@ def test_snippets_run(page, tmp_path):
     assert played
 
 
+def quoted(text):
+    """Return the commands that prose quotes, with their arguments, and those of `text` blocks."""
+    inline = re.findall(r"`fedsim ([^`]+)`", " ".join(text.split()))
+    blocks = "".join(body for language, body in BLOCK.findall(text) if language == "text")
+    return [c for c in inline if " " in c] + re.findall(r"^fedsim (.+)", blocks, re.M)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "scenarios").rglob("*.yaml"))],
+    ids=lambda f: f.stem,
+)
+def test_commands_in_prose_are_ones_that_the_command_line_takes(file):
+    """Arguments and options of every quoted `fedsim COMMAND ...` parse; nothing is run."""
+    from typer.main import get_command
+
+    from fedsim.cli import app
+
+    for line in quoted(file.read_text()):
+        words = shlex.split(line, comments=True)
+        command = get_command(app)
+        while hasattr(command, "commands") and words:
+            name, command = words[0], command.commands[words.pop(0)]
+        command.make_context(name, words)
+
+
 def test_every_algorithm_has_its_current_page():
     """docs/algorithms holds one page per registered algorithm, made from its docstring (`python docs/pages.py`)."""
     import importlib.util

@@ -127,6 +127,13 @@ def test_the_caption_names_who_needs_less(tmp_path):
     assert "loss 1e+00: A needs 10 bytes, 50% fewer than B (20)" in shown
 
 
+def test_no_caption_says_that_all_is_saved(tmp_path):
+    """Where the saving would round to 100 % the caption counts how many times fewer it is."""
+    found = study(tmp_path, [("A", 0, [9, 1]), ("B", 0, [9] * 300 + [1])])
+    shown = " ".join(words(found.plot(metric="loss", against="bytes")[1]))
+    assert "A needs 10 bytes, 300 times fewer than B (3,000)" in shown
+
+
 def test_the_same_results_give_the_same_files(many, tmp_path):
     """SVG and PDF are equal byte for byte when drawn again: no dates, no random names."""
     first = many.plot(out=tmp_path / "a", metric="loss", against="bytes")

@@ -281,6 +281,18 @@ def test_steps_that_swing_are_warned_of_in_every_unit(unit, times, delay):
         assert any("loads will swing" in note for note in found["warnings"]) == (factor > 1)
 
 
+def test_loads_eight_steps_late(tmp_path):
+    """A slow sign step ends near balance; a fast proportional one leaves 1 to 3 of 8 experts empty in 3 of 4 steps."""
+    tails = {}
+    for kind, rate in (("sign", 1e-3), ("prop", 0.05)):
+        rule = {"bias_rule": kind, "bias_update_rate": rate, "bias_delay": 8, "oracle": "none"}
+        tails[kind] = play(tmp_path / kind, 400, rule, {**SCORES, "tokens": 4096}, metrics=["maxvio", "dead"])[-200:]
+    assert tails["sign"]["maxvio"].iloc[-50:].max() == pytest.approx(0.083, abs=5e-4)
+    assert tails["prop"]["maxvio"].max() == pytest.approx(2.88, abs=5e-3)
+    assert tails["prop"]["dead"].max() == 3
+    assert (tails["prop"]["dead"] > 0).mean() == pytest.approx(0.75, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("score_func", "rule", "warned"),
     [("softmax", "sign", True), ("softmax", "prop", False), ("sigmoid", "sign", False)],

@@ -40,11 +40,12 @@ class DProxSGT(SyncAlgorithm):
     fixed point is the minimiser itself, however different the nodes' data are. Sparsity lives in the points before
     mixing (`half`); averages of different supports fill zeros.
 
-    Parameters: `eta`: the step, which must be given (theory: at most `min(1/(4L), (1-rho^2)^2/(96 rho L))`, far below
-    what is practical). `decay`: `{offset, power}` for `eta (1 + k/offset)^-power`. `tracker`: `mixed` (the paper's) or
-    `pre_mix`, which steps along `h` and lets both messages of a round travel together. `gossip`: mixings per exchange
-    (K in ProxGT-SA). `clip`: largest norm of a gradient. `final`: `prox` answers with `prox_{eta r}` of a step from the
-    mean of x along the mean of y, at every observation (not charged), exactly sparse; its step is `eta`, without decay.
+    Parameters: `eta`: the step, which must be given (theory, recollected: at most
+    `min(1/(4L), (1-rho^2)^2/(96 rho L))`, far below what is practical). `decay`: `{offset, power}` for
+    `eta (1 + k/offset)^-power`. `tracker`: `mixed` (the paper's) or `pre_mix`, which steps along `h` and lets both
+    messages of a round travel together. `gossip`: mixings per exchange (K in ProxGT-SA). `clip`: largest norm of a
+    gradient. `final`: `prox` answers with `prox_{eta r}` of a step from the mean of x along the mean of y, at every
+    observation (not charged), exactly sparse; its step is `eta`, without decay.
 
     Reference: Yan, Chen, Chen, Cui, Lu & Xu, *Compressed decentralized proximal stochastic gradient method for
     nonconvex composite problems with heterogeneous data*, ICML 2023 (arXiv 2302.14252), Algorithm 1.

@@ -207,9 +207,15 @@ def what_was_saved(result: Result | StudyResult, metric: str, cost: str, goal: f
     if medians[best] == medians[worst]:
         return ""
     missed = [name for name in groups if name not in medians]
-    fewer = f", {1 - medians[best] / medians[worst]:.0%} fewer than" if medians[worst] > 0 else "; not so"
+    fewer = f", {_saving(medians[best], medians[worst])} fewer than" if medians[worst] > 0 else "; not so"
     line = f"{metric} {level:.0e}: {best} needs {medians[best]:,.0f} {cost}{fewer} {worst} ({medians[worst]:,.0f})"
     return line + (f"; not reached by {', '.join(missed)}" if missed else "")
+
+
+def _saving(less: float, more: float) -> str:
+    """Return by how much `less` is less: a share, or how many times where the share would round to all."""
+    share = 1 - less / more
+    return f"{share:.0%}" if share < 0.995 or less == 0 else f"{more / less:,.0f} times"
 
 
 def _panel(axis: Axes, drawn: _Drawn, metric: str, cost: str, theory: bool) -> None:
