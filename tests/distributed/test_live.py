@@ -121,7 +121,8 @@ def test_a_live_run_resumes_and_still_replays(file):
 
 
 @pytest.mark.parametrize(
-    ("kind", "algorithm"), [pytest.param("mpi", "dadao", marks=needs_mpi), ("torch", "randomised_gossip")]
+    ("kind", "algorithm"),
+    [pytest.param("mpi", "dadao", marks=[needs_mpi, pytest.mark.slow]), ("torch", "randomised_gossip")],
 )
 def test_an_observation_may_be_further_than_the_timeout(file, kind, algorithm):
     """Ranks that take gradients, or meet when their clocks say so, for longer than engine.timeout are not given up."""

@@ -1,4 +1,4 @@
-"""What travels between processes may be of any size, also none."""
+"""What travels between processes may be of any size, also none, and may take its time."""
 
 import os
 import subprocess
@@ -35,21 +35,47 @@ print(f"rank {me} has everything", flush=True)
 t.close()
 """
 
+LATE = """
+import time
+import numpy as np
+from fedsim.transport.torchrun import TorchTransport
+t = TorchTransport(2.0)
+other, came = 1 - t.rank, np.zeros(1, np.uint8)
+time.sleep(4.0 * t.rank)
+t.exchange({other: came + 1}, {other: came})
+time.sleep(4.0 * t.rank)
+assert [int(part[0]) for part in t.all_gather(came)] == [1, 1]
+print(f"rank {t.rank} has everything", flush=True)
+time.sleep(4.0 * t.rank)
+t.close()
+"""
+
 
 @pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
 def test_messages_of_any_size_arrive_whole(tmp_path, kind):
     """Gathered, broadcast, all-to-all, to each other: empty ones, and those of more bytes than one call may count."""
-    (tmp_path / "sizes.py").write_text(PROGRAM.replace("KIND", kind))
+    play(tmp_path, PROGRAM.replace("KIND", kind), kind, 3)
+
+
+@pytest.mark.slow
+def test_torch_waits_for_as_long_as_the_watch_lets_it(tmp_path):
+    """A peer may come later than gloo's own timeout: engine.timeout says who waits too long, and it can be raised."""
+    play(tmp_path, LATE, "torch", 2)
+
+
+def play(folder, program, kind, size):
+    """Have so many processes play a program to its end."""
+    (folder / "program.py").write_text(program)
     starter = {
-        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable],
-        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"],
+        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable],
+        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size],
     }[kind]
     done = subprocess.run(
-        [*map(str, starter), str(tmp_path / "sizes.py")],
+        [*map(str, starter), str(folder / "program.py")],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"rank {r} has everything" in done.stdout for r in range(3))
+    assert all(f"rank {r} has everything" in done.stdout for r in range(size))
