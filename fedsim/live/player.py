@@ -122,6 +122,11 @@ class LiveEvents(Events):
             ways.append(time.perf_counter() - clock)
         return min(moves) + (min(ways) if transport.size > 1 else 0.0)
 
+    @property
+    def unit(self) -> float:
+        """Seconds of one unit of time."""
+        return self._unit
+
     def advance(self, until: float) -> None:
         """Live until `until`, then until nobody waits for anybody.
 
