@@ -320,7 +320,7 @@ def _play_on(
     from fedsim.live.player import LiveEvents
 
     s, layout, rounds = p.scenario, p.layout, isinstance(p.algorithm, SyncAlgorithm)
-    horizon, lives = float(s.schedule["horizon"]), isinstance(player, LiveEvents)
+    horizon = float(s.schedule["horizon"])
     every = float(s.checkpoint["every"]) if s.checkpoint else math.inf
     saving = _next(every, player.now)
     for target in _targets(float(s.record.get("every", 1.0)), horizon, done):
@@ -328,7 +328,7 @@ def _play_on(
         while leg < target and player.now >= leg:  # to every checkpoint on the way; less far where a budget ends
             leg, clock = min(target, saving), time.perf_counter()
             stopping.seconds_left = float((s.stop or {}).get("seconds", math.inf)) - wall
-            stopped = stopping.advance(player, leg, layout, whole=rounds, pieces=not lives)
+            stopped = stopping.advance(player, leg, layout, whole=rounds)
             wall = of_rank_0(wall + time.perf_counter() - clock, layout)
             if isinstance(player, LiveEvents):
                 player.write_trace(root)

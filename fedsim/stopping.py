@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedsim.engine.player import Player
 
 PIECE = 0.4  # seconds of play between two looks at what the ranks were told
+LIVE = 10.0  # the same for live time, which stands still meanwhile; a scheduler that ends a job grants 30 s
 
 
 class Stopping:
@@ -39,22 +40,23 @@ class Stopping:
             raise KeyboardInterrupt
         self.asked = True
 
-    def advance(self, player: Player, until: float, layout: Layout, whole: bool, pieces: bool = True) -> bool:
+    def advance(self, player: Player, until: float, layout: Layout, whole: bool) -> bool:
         """Play up to `until`; return True where the ranks were asked to stop on the way.
 
         Args:
-            whole: pieces are whole rounds. pieces: False: `until` is one piece (live time would stand still between).
+            whole: pieces are whole rounds.
         """
-        if not pieces:
-            player.advance(until)
-            return self._look(layout, whole)[0]
-        begun = time.perf_counter()
+        from fedsim.live.player import LiveEvents
+
+        begun, live = time.perf_counter(), player if isinstance(player, LiveEvents) else None
         self._piece = self._piece or (1.0 if whole else (until - player.now) / 64)
         while player.now < until:
+            if live:
+                self._piece, self._since = LIVE / live.unit, 0.0
             before, room = player.now, self._piece - self._since
             player.advance(min(until, before + (max(1.0, math.floor(room)) if whole else room)))
             self._since += player.now - before
-            if self._since >= self._piece * (1 - 1e-9):
+            if self._since >= self._piece * (1 - 1e-9) or (live and player.now >= until):
                 asked, over = self._look(layout, whole, time.perf_counter() - begun >= self.seconds_left)
                 if asked or over:
                     return asked

@@ -48,7 +48,7 @@ class Watch:
 
     def __init__(self, transport: Transport, timeout: float) -> None:
         self._transport, self._timeout, self._host = transport, timeout, socket.gethostname()
-        self._every = min(1.0, timeout / 4)
+        self._every, self._parent = min(1.0, timeout / 4), os.getppid()
         self.on_failure: Callable[[str], None] = lambda message: None
         self.playing, self._done, self._lock = False, False, threading.Lock()
         self._calls, self._stirred = 0, time.monotonic()  # rank 0: its calls, and when any rank last was not waiting
@@ -143,6 +143,8 @@ class Watch:
                 self._judge(peer)
             if self._transport.rank == 0:
                 self._judge_all()
+            if self._transport.kind == "torch" and os.getppid() != self._parent and not self._done:
+                self.fail(f"the launcher of rank {self._transport.rank} is gone (killed)")  # torchrun takes none along
 
     def _read(self, peer: _Peer) -> bool:
         """Take one sign; return whether the connection lives on."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedsim.engine.layout import Layout
 
 Ints = NDArray[np.int64]
+LOOK = 0.25  # seconds that a rank sleeps at most, before it looks whether its other thread has failed
 
 
 def starts(layout: Layout, ends: Ints) -> Ints:
@@ -60,16 +61,16 @@ class Gossip:
         self._offers: list[deque[Frame]] = [deque() for _ in range(layout.rows)]
         self._due: list[deque[int]] = [deque() for _ in range(layout.rows)]
         self._number = np.zeros(len(ends), np.int64)
-        self.done, self.finite = np.zeros(len(ends), np.int64), True
+        self.done, self.finite, self.given_up = np.zeros(len(ends), np.int64), True, False
 
     def serve(self, ticks: Batch, now: Callable[[], float], until: float, unit: float) -> None:
-        """Play until the time is up, then until nobody waits for anybody.
+        """Play until the time is up, then until nobody waits for anybody; no longer than until it is `given_up`.
 
         Args:
             ticks: of the edges that start here, by time. now: this rank's clock, in units. unit: its seconds.
         """
         self._now, quiet, place, ended = now, set(), 0, False
-        while True:
+        while not self.given_up:
             t = now()
             while place < len(ticks.time) and ticks.time[place] <= t < until:  # not those of meanwhile: others wait
                 self._tick(int(ticks.edge[place]))
@@ -86,7 +87,7 @@ class Gossip:
                 return
             following = ticks.time[place] if place < len(ticks.time) and t < until else until
             wait = 0.05 if t >= until else (min(following, until) - t) * unit
-            for rank, frame in self._mesh.arrived(wait):
+            for rank, frame in self._mesh.arrived(min(wait, LOOK)):
                 if frame.kind == mesh.QUIET:
                     quiet.add(rank)
                 elif frame.kind == mesh.OFFER:

@@ -15,7 +15,7 @@ from fedsim.engine.clocks import Clocks
 from fedsim.engine.events import Events
 from fedsim.engine.pace import Pace
 from fedsim.errors import Diverged, Unsupported
-from fedsim.live.gossip import Gossip, starts
+from fedsim.live.gossip import LOOK, Gossip, starts
 from fedsim.live.mesh import Mesh
 from fedsim.live.moves import APPLY, READ, Moves
 from fedsim.live.trace import Log, Replay, Trace, gradient_of, write
@@ -122,6 +122,11 @@ class LiveEvents(Events):
             ways.append(time.perf_counter() - clock)
         return min(moves) + (min(ways) if transport.size > 1 else 0.0)
 
+    @property
+    def unit(self) -> float:
+        """Seconds of one unit of time."""
+        return self._unit
+
     def advance(self, until: float) -> None:
         """Live until `until`, then until nobody waits for anybody.
 
@@ -142,8 +147,13 @@ class LiveEvents(Events):
         thread.start()
         try:
             self._compute(now, until, failures)
-        finally:
+            self._layout.transport.waiting = True
             thread.join()
+            self._layout.transport.waiting = False
+        except BaseException:
+            self._gossip.given_up = True
+            thread.join()
+            raise
         if failures:
             raise failures[0]
         self._end(until)
@@ -155,12 +165,14 @@ class LiveEvents(Events):
             failures.append(error)
 
     def _compute(self, now: Callable[[], float], until: float, failures: list[BaseException]) -> None:
-        """Take gradients of the own rows, one after another, until the time is up."""
+        """Take gradients of the own rows, one after another, until the time is up; the watch counts them as calls."""
         assert self._table is not None
-        if not self._table.node_clocks:
-            time.sleep(max(0.0, until - now()) * self._unit)
-            return
+        transport = self._layout.transport
         while (t := now()) < until and not failures:
+            transport.calls += 1
+            if not self._table.node_clocks:
+                time.sleep(min((until - t) * self._unit, LOOK))
+                continue
             row = int(np.argmin(self.state.gradients))
             with self._lock:
                 t = now()

@@ -15,6 +15,8 @@ import torch
 from fedsim.transport.links import Links, Tensors
 from fedsim.transport.transport import Bytes, Transport
 
+LIFE = timedelta(days=365)  # gloo and NCCL have timeouts of their own; who waits too long, the job's watch says
+
 
 def _to_send(buffer: Bytes) -> torch.Tensor:
     """Return the buffer as a tensor; torch warns of read-only ones, though nothing is written to what is sent."""
@@ -22,7 +24,11 @@ def _to_send(buffer: Bytes) -> torch.Tensor:
 
 
 class TorchTransport(Transport):
-    """The default process group of torch.distributed on gloo, with the job's timeout."""
+    """A process group of torch.distributed on gloo.
+
+    Args:
+        timeout: seconds in which all processes must have come together.
+    """
 
     kind = "torch"
 
@@ -32,21 +38,24 @@ class TorchTransport(Transport):
         self._dist: Any = dist
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        self._group = dist.new_group(backend="gloo", timeout=LIFE)
         self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), 0
         self.calls, self.waiting, self.asks = 0, False, (0, "")
 
     @contextmanager
     def _waits(self) -> Iterator[None]:
-        """Say that this process waits for others; gloo's own timeout may end that."""
+        """Say that this process waits for others; a lost connection may end that."""
         self.waiting = True
         yield
         self.calls, self.waiting = self.calls + 1, False
 
     def start(self, sends: dict[int, Bytes], receives: dict[int, Bytes]) -> Callable[[], None]:
         """Post all receives, then all sends."""
-        works = [self._dist.irecv(torch.from_numpy(buffer), src=peer) for peer, buffer in receives.items()]
+        works = [
+            self._dist.irecv(torch.from_numpy(buffer), src=peer, group=self._group) for peer, buffer in receives.items()
+        ]
         for peer, buffer in sends.items():
-            works.append(self._dist.isend(_to_send(buffer), dst=peer))
+            works.append(self._dist.isend(_to_send(buffer), dst=peer, group=self._group))
             self.moved += buffer.nbytes
 
         def wait() -> None:
@@ -60,13 +69,13 @@ class TorchTransport(Transport):
         """Exchange lengths, then buffers padded to the longest."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._waits():
-            self._dist.all_gather(lengths, torch.tensor([mine.nbytes]))
+            self._dist.all_gather(lengths, torch.tensor([mine.nbytes]), group=self._group)
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: mine.nbytes] = _to_send(np.ascontiguousarray(mine))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
         with self._waits():
-            self._dist.all_gather(parts, padded)
+            self._dist.all_gather(parts, padded, group=self._group)
         self.moved += longest * (self.size - 1)
         return [part[: int(length)].numpy() for part, length in zip(parts, lengths, strict=True)]
 
@@ -74,7 +83,7 @@ class TorchTransport(Transport):
         """Send all parts and receive all parts in one collective (`all_to_all_single`)."""
         arrived = torch.empty(sum(expected), dtype=torch.uint8)
         with self._waits():
-            self._dist.all_to_all_single(arrived, _to_send(sends), expected, lengths)
+            self._dist.all_to_all_single(arrived, _to_send(sends), expected, lengths, group=self._group)
         self.moved += sum(lengths) - lengths[self.rank]
         return arrived.numpy()
 
@@ -82,17 +91,17 @@ class TorchTransport(Transport):
         """Send the length, then the buffer."""
         length = torch.tensor([0 if buffer is None else buffer.nbytes])
         with self._waits():
-            self._dist.broadcast(length, src=root)
+            self._dist.broadcast(length, src=root, group=self._group)
         mine = self.rank == root and buffer is not None
         data = torch.from_numpy(np.array(buffer)) if mine else torch.empty(int(length), dtype=torch.uint8)
         with self._waits():
-            self._dist.broadcast(data, src=root)
+            self._dist.broadcast(data, src=root, group=self._group)
         return data.numpy()
 
     def links(self, device: str, alone: bool) -> Links:
         """Return links over NCCL where every process has a CUDA device of its own."""
         if alone and device.startswith("cuda"):
-            return GroupLinks(self, self._dist, self._dist.new_group(backend="nccl"), device)
+            return GroupLinks(self, self._dist, self._dist.new_group(backend="nccl", timeout=LIFE), device)
         return super().links(device, alone)
 
     def abort(self, message: str) -> None:
@@ -107,7 +116,7 @@ class TorchTransport(Transport):
     def close(self) -> None:
         """Wait for all processes and end the group."""
         with self._waits():
-            self._dist.barrier()
+            self._dist.barrier(group=self._group)
         self._dist.destroy_process_group()
 
 

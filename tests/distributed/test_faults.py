@@ -141,6 +141,15 @@ def test_a_killed_rank_ends_the_job(here, kind):
 
 
 @kinds
+def test_a_killed_launcher_leaves_no_rank_behind(here, kind):
+    """SIGKILL of mpirun or torchrun itself: its ranks do not play on."""
+    process = start(kind, 3, "run", "s.yaml", "schedule.horizon=100000", "--folder", "out", "--json", cwd=here)
+    under_way(here / "out", 1)
+    process.kill()
+    ended(process, here / "out", 20)
+
+
+@kinds
 def test_a_stopped_rank_ends_the_job_by_name(here, kind):
     """SIGSTOP: after engine.timeout the job ends with one line that names the rank."""
     process = start(kind, 3, "run", "s.yaml", "schedule.horizon=100000", "--folder", "out", "--json", cwd=here)
@@ -193,3 +202,18 @@ def test_ctrl_c_checkpoints_in_one_process(here):
     (here / "s.yaml").write_text(json.dumps({**events, "schedule": {"horizon": end}}))
     whole = fedsim.run("s.yaml", folder="whole")
     assert again.digest == whole.digest
+
+
+def test_sigterm_ends_a_live_run_long_before_its_next_observation(here):
+    """Within the half minute that schedulers grant, after a checkpoint from which it goes on."""
+    live = {"kind": "live", "horizon": 2000, "unit": 0.1}
+    (here / "s.yaml").write_text(json.dumps({**SLOW, "algorithm": {"kind": "dadao"}, "schedule": live}))
+    process = start("local", 1, "run", "s.yaml", "record.every=1000", "--folder", "out", "--json", cwd=here)
+    observed(here / "out", 1)
+    clock = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert time.monotonic() - clock < 25
+    assert "stopped after a checkpoint" in said
+    assert fedsim.load(here / "out").status == "interrupted"
+    assert (here / "out" / "trace" / "000000.npz").exists()

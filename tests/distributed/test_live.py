@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +118,50 @@ def test_a_live_run_resumes_and_still_replays(file):
     result = fedsim.load(file.parent / "out")
     assert list(result.metrics["time"]) == [0, 15, 30, 45, 60]
     assert replay(result.folder)["same"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm"),
+    [pytest.param("mpi", "dadao", marks=[needs_mpi, pytest.mark.slow]), ("torch", "randomised_gossip")],
+)
+def test_an_observation_may_be_further_than_the_timeout(file, kind, algorithm):
+    """Ranks that take gradients, or meet when their clocks say so, for longer than engine.timeout are not given up."""
+    overrides = ["schedule={kind: live, horizon: 10, unit: 0.8}", "record.every=10", "engine.timeout=3"]
+    gossip = [] if algorithm == "dadao" else ["problem={kind: consensus, dim: 4}"]
+    overrides += [f"algorithm.kind={algorithm}", *gossip]
+    done = launch(kind, 2, "run", file, *overrides, "--json", "--folder", "out", cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["last"]["wall_seconds"] > 8
+
+
+class Bad(fedsim.Problem):
+    """Its gradient raises after a few."""
+
+    n, dim, records, left = 3, 2, np.zeros(3, np.int64), 20
+
+    def gradient(self, x, nodes, batch=None):
+        self.left -= 1
+        if self.left < 0:
+            raise ZeroDivisionError("of the user's own")
+        return x
+
+    def loss(self, x, nodes):
+        return (x.expand(len(nodes), -1) ** 2).sum(1) / 2
+
+
+def test_a_failing_gradient_ends_a_live_run_at_once(file):
+    """What a gradient raises is not kept until the next observation, a minute later: gossip stops with it."""
+    clock = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="own"):
+        fedsim.run(
+            topology={"kind": "ring", "n": 3},
+            problem=Bad(),
+            algorithm={"kind": "gossip_sgd", "step": 0.1},
+            schedule={"kind": "live", "horizon": 60, "unit": 1},
+            record={"every": 60},
+            engine={"gradient_seconds": 0.01},
+        )
+    assert time.monotonic() - clock < 30
 
 
 @pytest.mark.parametrize(
