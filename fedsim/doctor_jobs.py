@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import InputError
-from fedsim.launchers import candidates, command, flags, probe
+from fedsim.launchers import candidates, command, finished, flags, probe
 
 LIBRARY = "from mpi4py import MPI; print(MPI.Get_library_version().strip().splitlines()[0][:80])"
 SYSTEM = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib64/mpich/lib")
@@ -140,6 +140,6 @@ def _measured(kind: str, problems: list[str]) -> dict[str, float] | None:
 
 def _quietly(line: list[str]) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(line, capture_output=True, text=True, timeout=60)
+        return finished(line, 60)
     except (OSError, subprocess.TimeoutExpired):
         return None

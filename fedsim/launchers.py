@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from fedsim.errors import InputError
 
 NAMES = ("mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.mpich", "mpiexec.hydra")
+GRACE = 40.0  # seconds that a launcher has to end its processes: torchrun gives them 30
 PROBE = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('processes', c.Get_size() if c.Get_rank() == 0 else '')"
 
 
@@ -59,17 +60,34 @@ def probe(start: tuple[str, ...], settings: Mapping[str, str] | None = None) -> 
     """Return how many processes two that this launcher starts see; None: it fails. A mismatched one sees 1."""
     environment = {**os.environ, **(settings or {})}
     try:
-        done = subprocess.run(
-            [*start, "-n", "2", sys.executable, "-c", PROBE],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=environment,
-        )
+        done = finished([*start, "-n", "2", sys.executable, "-c", PROBE], 60, environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     said = re.search(r"processes (\d+)", done.stdout)  # launchers may mix what two processes say within a line
     return int(said[1]) if done.returncode == 0 and said else None
+
+
+def finished(
+    line: Sequence[str], timeout: float | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end. Whatever ends the wait for it ends it, too, in a way that takes its processes along.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+        OSError: it cannot be started.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=timeout)
+        except BaseException:
+            launcher.terminate()
+            try:
+                launcher.communicate(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+            raise
+        return subprocess.CompletedProcess(list(line), launcher.returncode, out, err)
 
 
 def flags(path: str) -> list[str]:

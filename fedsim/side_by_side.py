@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.errors import Diverged, FedsimError, InputError, Stopped
 from fedsim.locks import locked
 from fedsim.results.folder import SCENARIO, RunFolder
+from fedsim.stopping import stopped_on_sigterm
 
 if TYPE_CHECKING:
     from fedsim.scenario import Scenario
@@ -84,7 +83,8 @@ def play_all(folders: Sequence[Path], ended: Ended | None = None) -> None:
         Stopped: on SIGTERM.
     """
     waiting, free, busy = list(reversed(folders)), [], {}
-    with _stopped_on_sigterm(), ExitStack() as stack, _all_told(busy):
+    said = "stopped after a checkpoint of every run that was being played, as asked"
+    with stopped_on_sigterm(said), ExitStack() as stack, _all_told(busy):
         for _ in range(min(free_cores(), len(folders))):
             free.append(stack.enter_context(_worker()))
         while waiting or busy:
@@ -111,24 +111,6 @@ def _all_told(busy: Mapping[Worker, Path]) -> Iterator[None]:
         for worker in busy:
             worker.terminate()
         raise
-
-
-@contextmanager
-def _stopped_on_sigterm() -> Iterator[None]:
-    """Raise `Stopped` at a scheduler's SIGTERM, once (in the main thread; elsewhere signals stay as they are)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would leave workers behind
-        raise Stopped("stopped after a checkpoint of every run that was being played, as asked")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def play_folder(folder: Path, shared: dict[str, Any] | None = None, scenario: Scenario | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedsim.errors import Stopped
 from fedsim.transport.transport import as_bytes
 
 if TYPE_CHECKING:
@@ -88,3 +89,21 @@ def listening() -> Iterator[Stopping]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopped_on_sigterm(message: str) -> Iterator[None]:
+    """Raise `Stopped` at a scheduler's SIGTERM, once (in the main thread; elsewhere signals stay as they are)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would leave processes behind
+        raise Stopped(message)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

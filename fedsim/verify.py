@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import InputError
-from fedsim.launchers import command
+from fedsim.launchers import command, finished
+from fedsim.stopping import stopped_on_sigterm
 from fedsim.transport.detect import found as launchers_around
 
 if TYPE_CHECKING:
@@ -125,11 +126,12 @@ def _refuse(scenario: Path, overrides: Sequence[str], short: bool) -> None:
 def _start(entry: Entry, arguments: Sequence[str], folder: Path) -> str | None:
     """Play the scenario into a folder; return why it failed, or None."""
     start = [*command(entry.kind, entry.size), "-m", "fedsim", "run", *arguments]
-    done = subprocess.run([*start, "--folder", str(folder), "--json"], capture_output=True, text=True)
+    with stopped_on_sigterm("stopped, as asked, and the job that was being played with it"):
+        done = finished([*start, "--folder", str(folder), "--json"])
     if done.returncode == 0:
         return None
-    said = [line for line in done.stderr.splitlines() if line.startswith("fedsim:")] or done.stderr.splitlines()[-3:]
-    return f"the job ended with {done.returncode}: {' / '.join(said)}"
+    said = re.findall(r"^\0?(fedsim: .*(?:\n  \S.*)*)", done.stderr, re.MULTILINE) or done.stderr.splitlines()[-3:]
+    return f"the job ended with {done.returncode}: {' / '.join(' '.join(part.split()) for part in said)}"
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -1,12 +1,17 @@
 """`fedsim verify`: what it compares, what it refuses."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from launching import needs_mpi
+from private_cases import scenario as private_run
 from typer.testing import CliRunner
 
 from fedsim import verify
@@ -90,3 +95,42 @@ def test_the_command_itself_ends_with_1(scenario):
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "4 processes for 3 nodes" in done.stdout
+
+
+def test_a_job_that_fails_says_why(scenario):
+    """What a job finds wrong is told with the line of the scenario, not as the number of mistakes alone."""
+    sampled = {"kind": "dp_fedavg", "eta": 0.2, "clip_model": 0.5, "client_rate": 0.5}
+    private = {"epsilon": 4.0, "delta": 1e-5, "unit": "user"}
+    scenario.write_text(json.dumps({**private_run(sampled, privacy=private), "seeds": 2}))
+    found = verify.verify(scenario, "local,torch:2")
+    assert len(found) == 1
+    assert "replace_one has no accountant" in str(found[0].difference)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+def test_what_ends_verify_ends_the_job_that_it_started(scenario, tmp_path, kind):
+    """SIGTERM (a batch system's, or of `timeout`): no process of the job plays on."""
+    call = [sys.executable, "-m", "fedsim", "verify", "s.yaml", f"schedule.horizon={10**9}", "--on", f"{kind}:2,local"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(900):
+            if list(tmp_path.glob("fedsim-verify-*/0/metrics.arrows")):
+                break
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "stopped, as asked" in said
+    assert not playing(str(tmp_path))
+
+
+def playing(place: str) -> list[str]:
+    """Return the command lines of the processes that name a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if place in line and "fedsim run" in line]
