@@ -117,7 +117,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-kinds = pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+slow = pytest.mark.slow
+kinds = pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), pytest.param("torch", marks=slow)])
 
 
 @kinds
@@ -140,6 +141,7 @@ def test_a_killed_rank_ends_the_job(here, kind):
     ended(process, here / "out", 15)
 
 
+@slow
 @kinds
 def test_a_killed_launcher_leaves_no_rank_behind(here, kind):
     """SIGKILL of mpirun or torchrun itself: its ranks do not play on."""
@@ -160,7 +162,7 @@ def test_a_stopped_rank_ends_the_job_by_name(here, kind):
 
 
 @needs_mpi
-@pytest.mark.slow
+@slow
 def test_a_rank_that_is_stuck_in_its_own_code_ends_the_job_by_name(here):
     """A rank that neither moves nor waits for others while they wait for it is named."""
     process = start("mpi", 3, "run", "s.yaml", "algorithm.hangs=30", "--folder", "out", "--json", cwd=here)
@@ -204,6 +206,7 @@ def test_ctrl_c_checkpoints_in_one_process(here):
     assert again.digest == whole.digest
 
 
+@slow
 def test_sigterm_ends_a_live_run_long_before_its_next_observation(here):
     """Within the half minute that schedulers grant, after a checkpoint from which it goes on."""
     live = {"kind": "live", "horizon": 2000, "unit": 0.1}

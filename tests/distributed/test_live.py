@@ -49,7 +49,10 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("dadao", "averaging") else pytest.mark.slow) for name in ALGORITHMS],
+)
 def test_one_process_replays_to_the_bit(file, name):
     """A live run of one process (its nodes still meet by offers) has the digest of its replay, costs included."""
     result = fedsim.run(file, overrides=ALGORITHMS[name], folder="out")
@@ -122,8 +125,9 @@ def test_a_live_run_resumes_and_still_replays(file):
 
 @pytest.mark.parametrize(
     ("kind", "algorithm"),
-    [pytest.param("mpi", "dadao", marks=[needs_mpi, pytest.mark.slow]), ("torch", "randomised_gossip")],
+    [pytest.param("mpi", "dadao", marks=needs_mpi), ("torch", "randomised_gossip")],
 )
+@pytest.mark.slow
 def test_an_observation_may_be_further_than_the_timeout(file, kind, algorithm):
     """Ranks that take gradients, or meet when their clocks say so, for longer than engine.timeout are not given up."""
     overrides = ["schedule={kind: live, horizon: 10, unit: 0.8}", "record.every=10", "engine.timeout=3"]
