@@ -8,10 +8,14 @@ import pytest
 
 import fedsim
 
-SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "scenarios"
+SCENARIOS = [
+    pytest.param(file, id=file.stem, marks=pytest.mark.slow if file.parent.name == "paper" else [])
+    for file in sorted(FOLDER.rglob("*.yaml"))
+]
 
 
-@pytest.mark.parametrize("file", SCENARIOS, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", SCENARIOS)
 def test_the_short_form_plays_and_leaves_a_readable_result(tmp_path, file):
     """The short form ends finished, with finite metrics, a digest and a picture."""
     try:

@@ -107,7 +107,7 @@ def test_a_job_that_fails_says_why(scenario):
     assert "replace_one has no accountant" in str(found[0].difference)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), pytest.param("torch", marks=pytest.mark.slow)])
 def test_what_ends_verify_ends_the_job_that_it_started(scenario, tmp_path, kind):
     """SIGTERM (a batch system's, or of `timeout`): no process of the job plays on."""
     call = [sys.executable, "-m", "fedsim", "verify", "s.yaml", f"schedule.horizon={10**9}", "--on", f"{kind}:2,local"]

@@ -51,7 +51,7 @@ t.close()
 """
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("mpi", marks=needs_mpi), pytest.param("torch", marks=pytest.mark.slow)])
 def test_messages_of_any_size_arrive_whole(tmp_path, kind):
     """Gathered, broadcast, all-to-all, to each other: empty ones, and those of more bytes than one call may count."""
     play(tmp_path, PROGRAM.replace("KIND", kind), kind, 3)
