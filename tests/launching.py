@@ -19,11 +19,12 @@ needs_mpi = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip insta
 STARTED: list[subprocess.Popen] = []
 
 
-def _command(kind, size, *arguments):
+def command(kind, size, *arguments):
+    """Return the command that starts a Python program on so many processes."""
     starter = {
-        "local": [sys.executable, "-m", "fedsim"],
-        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable, "-m", "fedsim"],
-        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "-m", "fedsim"],
+        "local": [sys.executable],
+        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable],
+        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size],
     }[kind]
     return [str(a) for a in (*starter, *arguments)]
 
@@ -31,15 +32,15 @@ def _command(kind, size, *arguments):
 def launch(kind, size, *arguments, cwd):
     """Start a job, wait for its end, and return it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = _command(kind, size, *arguments)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=200)
+    line = command(kind, size, "-m", "fedsim", *arguments)
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment, timeout=200)
 
 
 def start(kind, size, *arguments, cwd):
     """Start a job and return its launcher, which runs on."""
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    command = _command(kind, size, *arguments)
-    process = subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment)
+    line = command(kind, size, "-m", "fedsim", *arguments)
+    process = subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment)
     STARTED.append(process)
     return process
 

@@ -296,13 +296,18 @@ def _times(tile, total, v, at, dim, matrix, start, pattern, moves, size):  # pra
 
 
 @lean
+def _multiply_part(v, at, dim, matrix, pattern, tile, total, size):  # pragma: no cover - compiled
+    """`v <- matrix v` for `size` coordinates of one node, from place `at` of v on, in place."""
+    _times(tile, total, v, at, dim, matrix, 0, pattern, True, size)
+    for a in range(len(pattern.counts)):
+        _copy(v, at + a * dim, tile, a * TILE, size)
+
+
+@lean
 def _multiply(v, at, dim, matrix, pattern, tile, total):  # pragma: no cover - compiled
     """`v <- matrix v` for one node, in place."""
     for lo in range(0, dim, TILE):
-        size = min(TILE, dim - lo)
-        _times(tile, total, v, at + lo, dim, matrix, 0, pattern, True, size)
-        for a in range(len(pattern.counts)):
-            _copy(v, at + lo + a * dim, tile, a * TILE, size)
+        _multiply_part(v, at + lo, dim, matrix, pattern, tile, total, min(TILE, dim - lo))
 
 
 @lean
@@ -416,9 +421,7 @@ def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
     for lo in range(0, dim, TILE):
         size, at = min(TILE, dim - lo), i * k * dim + lo
         if moves:
-            _times(room.own, room.total, v, at, dim, room.flow, 0, table.pattern, True, size)
-            for a in range(k):
-                _copy(v, at + a * dim, room.own, a * TILE, size)
+            _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
         _weighted(room.m, table.message, v, at, dim, size)
         _copy(messages, i * dim + lo, room.m, 0, size)
 

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fedsim.errors import RunError
+from fedsim.problems.once import Once
 from fedsim.problems.problem import CompiledObjective, Minibatch, Nodes, Problem
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class RecordsProblem(CompiledProblem):
     def __init__(
         self, data: Data, labels: NDArray[np.float64], parts: list[NDArray[np.int64]], l2: float, weights: str
     ) -> None:
-        self.n, self.l2, self.data = len(parts), float(l2), data
+        self.n, self.l2, self.data, self._once = len(parts), float(l2), data, Once()
         self.records = np.array([len(part) for part in parts], dtype=np.int64)
         order = np.concatenate(parts)
         self.offsets = np.concatenate([[0], np.cumsum(self.records)]).astype(np.int64)
@@ -207,12 +208,17 @@ class RecordsProblem(CompiledProblem):
         return ("loss",) if self.data.task == "regression" else ("loss", "accuracy")
 
     def _of_mean(self, column: int, x: torch.Tensor) -> float:
-        return float(self._of_rows(column, x)[0])
+        return float(self._once("mean", x, lambda: self._judged(x))[0, column])
 
     def _of_rows(self, column: int, x: torch.Tensor) -> torch.Tensor:
+        return self._once("rows", x, lambda: self._judged(x))[:, column]
+
+    def _judged(self, x: torch.Tensor) -> torch.Tensor:
+        """Return loss and, where there are classes, accuracy of the models on the held-out records `[rows, .]`."""
         assert self.data.held_out is not None
-        found = [self.judge(row, self.data.held_out)[column] for row in x.double().numpy(force=True)]
-        return torch.tensor([float(np.mean(part)) for part in found if part is not None], dtype=torch.float64)
+        found = [self.judge(row, self.data.held_out) for row in x.double().numpy(force=True)]
+        means = [[float(np.mean(part)) for part in parts if part is not None] for parts in found]
+        return torch.tensor(means, dtype=torch.float64)
 
     def facts(self) -> dict[str, Any]:
         """Return data set, sizes and the partition's table."""

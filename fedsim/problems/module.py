@@ -16,6 +16,7 @@ from fedsim.problems.data.table import Data
 from fedsim.problems.dense import SLOPES, DenseRecords
 from fedsim.problems.losses import LOSSES, PerRecord, refuse_misfit
 from fedsim.problems.models.mlp import stack
+from fedsim.problems.once import Once
 from fedsim.problems.per_record import ModuleRecords
 from fedsim.problems.problem import Minibatch, Nodes, Problem
 from fedsim.problems.row_gradients import RowGradients
@@ -77,7 +78,7 @@ class ModuleProblem(Problem):
         self._rows = RowGradients(self._model, self._per_record, self._a, self._b)
         self.initial, self.dim = self._rows.initial.cpu(), len(self._rows.initial)
         self.rows_alone = self._rows.nature.alone is not None
-        self._seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._once = Once()
 
     def use(self, device: str) -> None:
         """Compute losses and gradients on this device from now on; models come from and go to the CPU."""
@@ -190,20 +191,17 @@ class ModuleProblem(Problem):
         return places.to(self._device), weights.to(self._device)
 
     def _of_mean(self, which: str, column: int, x: torch.Tensor) -> float:
-        return float(self._once(which, x)[0, column])
+        return float(self._once(which, x, lambda: self._judged(which, x))[0, column])
 
     def _of_rows(self, column: int, x: torch.Tensor) -> torch.Tensor:
-        return self._once("rows", x)[:, column]
+        return self._once("rows", x, lambda: self._judged("rows", x))[:, column]
 
-    def _once(self, which: str, x: torch.Tensor) -> torch.Tensor:
-        """Return loss and accuracy of the models `[rows, 2]`; several metrics ask for the same ones."""
-        before = self._seen.get(which)
-        if before is None or not torch.equal(before[0], x):
-            data = self.data if which == "train" else self.data.held_out
-            assert data is not None
-            a, b = (self._a, self._b) if which == "train" else self._tensors(data)
-            self._seen[which] = x.clone(), torch.stack([self._measured(row, a, b) for row in x.to(self._device)])
-        return self._seen[which][1]
+    def _judged(self, which: str, x: torch.Tensor) -> torch.Tensor:
+        """Return loss and accuracy of the models `[rows, 2]`."""
+        data = self.data if which == "train" else self.data.held_out
+        assert data is not None
+        a, b = (self._a, self._b) if which == "train" else self._tensors(data)
+        return torch.stack([self._measured(row, a, b) for row in x.to(self._device)])
 
     def _measured(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return mean loss and share of right answers, float64 `[2]`."""

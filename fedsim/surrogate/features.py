@@ -15,7 +15,7 @@ import torch
 
 from fedsim.surrogate.kernels import Kernel, Name, lower_gram
 
-CACHE = 3 << 18  # bytes that the second-level cache keeps
+PART = 3 << 18  # bytes of directions taken at a time, which caches keep; on every machine, since sums depend on it
 
 
 class Features:
@@ -30,7 +30,7 @@ class Features:
         self.directions = torch.from_numpy(Kernel(name, 1.0).frequencies(count, dim, rng))
         self.phases = torch.from_numpy(rng.uniform(0.0, 2.0 * math.pi, count))
         self.amplitude = math.sqrt(2.0 / count)
-        self._part = max(1, CACHE // (8 * dim))
+        self._part = max(1, PART // (8 * dim))
 
     def __call__(self, points: torch.Tensor, scale: float) -> torch.Tensor:
         """Return `phi` of `points [n, dim]` at a length scale: `[n, M]`."""

@@ -2,8 +2,9 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from launching import command
 
 RANK = """
 import sys
@@ -28,9 +29,7 @@ transport.close()
 def test_a_process_group_moves_what_host_memory_does(tmp_path):
     """The links that NCCL is used by, on gloo: the same answers and counts for every request on two processes."""
     (tmp_path / "rank.py").write_text(RANK)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, tmp_path / "rank.py", Path(__file__).parents[1]], capture_output=True, text=True, timeout=250
-    )
+    line = command("torch", 2, tmp_path / "rank.py", Path(__file__).parents[1])
+    done = subprocess.run(line, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(re.findall(r"rank \d agrees", done.stdout)) == ["rank 0 agrees", "rank 1 agrees"]

@@ -2,10 +2,9 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
-from launching import MPIRUN, needs_mpi
+from launching import command, needs_mpi
 
 PROGRAM = """
 import numpy as np
@@ -66,12 +65,8 @@ def test_torch_waits_for_as_long_as_the_watch_lets_it(tmp_path):
 def play(folder, program, kind, size):
     """Have so many processes play a program to its end."""
     (folder / "program.py").write_text(program)
-    starter = {
-        "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable],
-        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size],
-    }[kind]
     done = subprocess.run(
-        [*map(str, starter), str(folder / "program.py")],
+        command(kind, size, folder / "program.py"),
         capture_output=True,
         text=True,
         timeout=120,
