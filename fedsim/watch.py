@@ -184,7 +184,7 @@ class Watch:
         now = time.monotonic()
         if now - peer.seen > self._timeout:
             self._end_job(f"rank {peer.rank} has not answered for {self._timeout:g} s (stopped, or its host is)", peer)
-        elif self._transport.rank == 0 and self.playing and now - peer.moved > self._timeout:
+        elif self._transport.rank == 0 and self.playing and peer.seen - peer.moved > self._timeout:  # its signs show it
             self._end_job(
                 f"rank {peer.rank} has neither moved nor waited for {self._timeout:g} s; if its work takes that long,"
                 " raise engine.timeout",

@@ -170,6 +170,18 @@ def test_a_rank_that_is_stuck_in_its_own_code_ends_the_job_by_name(here):
     assert "rank 2 has neither moved nor waited for 3 s" in said
 
 
+@needs_mpi
+@slow
+def test_a_rank_that_is_stopped_while_it_works_is_not_called_stuck(here):
+    """Silence is called silence, also of a rank that last showed no progress: its code is not to blame."""
+    process = start("mpi", 3, "run", "s.yaml", "algorithm.hangs=30", "--folder", "out", "--json", cwd=here)
+    stopped = under_way(here / "out", 2, rows=30)
+    time.sleep(1.5)  # some signs show no progress, too few to be given up for it
+    os.kill(stopped, signal.SIGSTOP)
+    said = ended(process, here / "out", 25)
+    assert "rank 2 has not answered for 3 s" in said
+
+
 def test_sigterm_checkpoints_and_the_run_goes_on_elsewhere_to_the_same_bits(here):
     """Preempted under torchrun (3 ranks), resumed in one process: the digest of an uninterrupted run."""
     whole = fedsim.run("s.yaml", overrides=["algorithm.nap=0"], folder="whole")
