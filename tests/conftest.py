@@ -1,5 +1,6 @@
 """The machine is set as a run sets it, before any test computes anything."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from fedsim.engine.machine import prepare
 
 prepare()
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -338,9 +338,11 @@ def test_a_signal_leaves_a_sweep_that_goes_on(tmp_path, number):
         "select": {"metric": "loss", "seeds": [7]},
     }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(scenario))
-    command = [sys.executable, "-m", "fedsim", "sweep", str(tmp_path / "s.yaml"), "--folder", str(tmp_path / "out")]
+    # A shell has its jobs in the background ignore Ctrl-C: this one hears it wherever the tests are run.
+    heard = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from fedsim.cli import main; main()"
+    command = [sys.executable, "-c", heard, "sweep", "s.yaml", "--folder", str(tmp_path / "out"), "--json"]
     with (tmp_path / "said").open("w") as said:
-        job = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=said)
+        job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=said)
     until = time.monotonic() + 120
     while time.monotonic() < until and not [*tmp_path.glob("out/tuning/*/metrics.arrows")]:
         time.sleep(0.02)
