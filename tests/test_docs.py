@@ -1,5 +1,6 @@
 """Every snippet of the README and the guide runs as it is printed."""
 
+import json
 import os
 import re
 import shlex
@@ -15,10 +16,32 @@ FIRST = {"README"}  # the other pages play with the slow proofs
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
 
-def run(command, folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+PLAYER = """
+import gc, json, os, sys
+from fedsim.engine.machine import prepare
+prepare()
+import matplotlib.figure, numba, pandas, sklearn.datasets
+from fedsim import cli, run
+
+def play(kind, step):
+    try:
+        sys.argv = step
+        exec(step, {"__name__": "__main__"}) if kind == "python" else cli.main()
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+
+gc.freeze()  # every step is a process of its own; what all of them import is imported once, and never taken apart
+for kind, step in json.load(sys.stdin):
+    print(">", step, flush=True)
+    child = os.fork()
+    if not child:
+        code = play(kind, step)
+        sys.stdout.flush()
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        sys.exit("ended with an error")
+"""
 
 
 @pytest.mark.parametrize(
@@ -27,18 +50,20 @@ def run(command, folder):
 def test_snippets_run(page, tmp_path):
     """Files are written, commands exit with 0, and Python runs, in the order of the page."""
     (tmp_path / "scenarios").symlink_to(ROOT / "scenarios")
-    played = 0
+    steps = []
     for language, text in BLOCK.findall(page.read_text()):
         name = re.match(r"# file: (\S+)\n", text)
         if name:
             (tmp_path / name[1]).write_text(text)
         elif language == "python":
-            run([sys.executable, "-c", text], tmp_path)
+            steps.append((language, text))
         elif language == "console":
-            for line in text.splitlines():
-                run([sys.executable, "-m", *shlex.split(line.removeprefix("$ "))], tmp_path)
-        played += 1
-    assert played
+            steps += [(language, shlex.split(line.removeprefix("$ "))) for line in text.splitlines()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call, given = [sys.executable, "-c", PLAYER], json.dumps(steps)
+    done = subprocess.run(call, cwd=tmp_path, input=given, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert steps
 
 
 def quoted(text):
