@@ -33,6 +33,7 @@ def _second_level_cache() -> int:
 
 TILE = 1024  # columns of one pass: the sum of a row stays in the first-level cache
 CACHE = _second_level_cache()
+STREAMED = 512  # columns of a pass whose sums go past the caches
 LARGE = 1 << 24  # bytes that no cache keeps for long
 NARROW = 64  # columns below which passes over all rows cost more than they save
 CLAIMED = 384, 1280  # bytes of rows that are asked for two rows before they are written; of others that costs time
@@ -71,6 +72,32 @@ def _prefetch(write: int) -> Any:
 _fetch, _claim = _prefetch(0), _prefetch(1)
 
 
+@intrinsic
+def _stream(_context: Any, _to: Any, _source: Any = None) -> Any:
+    """Move the line of memory at an address to another one past all caches; the latter is a multiple of 64."""
+    from llvmlite import ir
+
+    def code(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.IntType(64), 8).as_pointer()
+        to, source = (builder.inttoptr(address, line) for address in args)
+        stored = builder.store(builder.load(source, align=1), to, align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@intrinsic
+def _settle(_context: Any) -> Any:
+    """Let what was moved past the caches be seen before whatever is written next."""
+
+    def code(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
 # Rows are bare pointers, in one function: counting references to arrays would cost more than the sum of a short row.
 
 
@@ -89,6 +116,9 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
     ahead = tile >= NARROW and len(addresses) * dim * size > LARGE  # fetch the next columns while these are summed
     tile = tile if ahead else TILE
     claimed = dim * size if CLAIMED[0] <= dim * size <= CLAIMED[1] else 0
+    streams = not ahead and dim >= STREAMED and out.shape[0] * dim * size > LARGE
+    piece = np.empty(STREAMED if streams else 1, out.dtype)  # of a sum on its way past the caches
+    tile = STREAMED if streams else tile
     for start in range(0, dim, tile):
         n, shift = min(tile, dim - start), start * size
         begin = base + shift
@@ -99,7 +129,8 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
             for line in range(0, claimed, 64):
                 _claim(written + (row + 2) * dim * size + line)
             p, end = offsets[first + row], offsets[first + row + 1]
-            total = _pointer(written + row * dim * size + shift, out)
+            target = written + row * dim * size + shift
+            total = _pointer(piece.ctypes.data if streams else target, out)
             if p + 5 <= end:
                 a, b = _pointer(begin + addresses[columns[p]], out), _pointer(begin + addresses[columns[p + 1]], out)
                 c, d = (
@@ -124,6 +155,23 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
             while p < end:
                 _add(n, total, _pointer(begin + addresses[columns[p]], out), weights[p])
                 p += 1
+            if streams:
+                _release(n, size, piece.ctypes.data, target, total, _pointer(target, out))
+    if streams:
+        _settle()
+
+
+@njit(error_model="numpy")
+def _release(count, size, source, target, values, total):  # pragma: no cover - compiled
+    """Write a sum to its place, whole lines of memory past the caches."""
+    first = min(count, -target % 64 // size)
+    last = first + (count - first) * size // 64 * 64 // size
+    for i in range(first):
+        total[i] = values[i]
+    for line in range(first * size, last * size, 64):
+        _stream(target + line, source + line)
+    for i in range(last, count):
+        total[i] = values[i]
 
 
 @njit(error_model="numpy")
