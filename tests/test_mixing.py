@@ -81,11 +81,11 @@ def test_columns_do_not_change_a_bit():
         assert np.array_equal(_mix(csr, np.ascontiguousarray(values[:, begin:end])), whole[:, begin:end])
 
 
-@pytest.mark.parametrize("columns", [0, 96])
-def test_no_cache_changes_a_bit(monkeypatch, columns):
+@pytest.mark.parametrize(("columns", "dtype"), [(0, np.float64), (0, np.float32), (96, np.float64)])
+def test_no_cache_changes_a_bit(monkeypatch, columns, dtype):
     """Taken by so many columns of all rows as a cache would hold, or by pieces of rows, the sums have the same bits."""
     topology, _, csr = _case("wheel")
-    values = np.random.default_rng(4).standard_normal((topology.n, 1234))
+    values = np.random.default_rng(4).standard_normal((topology.n, 1235)).astype(dtype)  # rows end within lines
     expected = _mix(csr, values)
     monkeypatch.setattr(mixing, "LARGE", 1000)
     monkeypatch.setattr(mixing, "CACHE", 8 * topology.n * columns)

@@ -9,8 +9,9 @@ import pytest
 import fedsim
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
+LONG = [*FOLDER.glob("paper/*.yaml"), FOLDER / "live-stragglers.yaml"]
 SCENARIOS = [
-    pytest.param(file, id=file.stem, marks=pytest.mark.slow if file.parent.name == "paper" else [])
+    pytest.param(file, id=file.stem, marks=pytest.mark.slow if file in LONG else [])
     for file in sorted(FOLDER.rglob("*.yaml"))
 ]
 

@@ -328,7 +328,7 @@ def test_a_cell_that_another_process_resumes_is_waited_for(tmp_path):
     assert fedsim.load(tmp_path / "cell").status == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_sweep_that_goes_on(tmp_path, number):
     """Ctrl-C and a scheduler's SIGTERM end the workers at a checkpoint, none is left, and --json says what there is."""
     scenario = GRID | {

@@ -108,17 +108,17 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
     `offsets`, `columns`, `weights`: CSR rows of this process; `addresses [rows + ghosts]`: where row j of v begins,
     counted from `base`.
     Large values are taken by columns, as many as a large second-level cache holds of all rows: each number is then
-    fetched from memory once, not once per neighbour. Five neighbours are taken at once where there are as many (a
+    fetched from memory once, not once per neighbour. Otherwise by pieces of rows, whose sums go to memory past the
+    caches, as large copies do. Five neighbours are taken at once where there are as many (a
     torus, a 4-regular graph), then four, then one.
     """
     dim, size, written = out.shape[1], out.itemsize, out.ctypes.data
     tile = CACHE // (len(addresses) * size) // 32 * 32
     ahead = tile >= NARROW and len(addresses) * dim * size > LARGE  # fetch the next columns while these are summed
-    tile = tile if ahead else TILE
-    claimed = dim * size if CLAIMED[0] <= dim * size <= CLAIMED[1] else 0
     streams = not ahead and dim >= STREAMED and out.shape[0] * dim * size > LARGE
+    tile = tile if ahead else STREAMED if streams else TILE
     piece = np.empty(STREAMED if streams else 1, out.dtype)  # of a sum on its way past the caches
-    tile = STREAMED if streams else tile
+    claimed = dim * size if CLAIMED[0] <= dim * size <= CLAIMED[1] else 0
     for start in range(0, dim, tile):
         n, shift = min(tile, dim - start), start * size
         begin = base + shift
