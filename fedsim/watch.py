@@ -105,7 +105,7 @@ class Watch:
     def _join(self) -> dict[int, _Peer]:
         note = self._transport.broadcast(None).tobytes().split(b"\n")
         token, port, host = bytes.fromhex(note[0].decode()), int(note[1]), note[2].decode()
-        places = ["127.0.0.1"] if host == self._host else [host, *(place.decode() for place in note[3:])]
+        places = ["127.0.0.1" if host == self._host else host, *(place.decode() for place in note[3:])]
         connection = next((c for place in places if (c := connect(place, port))), None)
         if connection is not None:
             hello = HELLO.pack(token, self._transport.rank, os.getpid(), self._host.encode()[:64])
@@ -209,7 +209,7 @@ class Watch:
         if self._transport.rank == 0:
             with contextlib.suppress(Exception):
                 self.on_failure(message)
-        if culprit is not None and culprit.host == self._host and culprit.process > 0:
+        if culprit is not None and culprit.host == self._host and culprit.near and culprit.process > 0:
             with contextlib.suppress(OSError):
                 os.kill(culprit.process, signal.SIGKILL)  # a stopped process hears nothing else
         if self._transport.rank == 0:
@@ -229,6 +229,7 @@ class _Peer:
 
     def __init__(self, rank: int, connection: socket.socket, process: int, host: str) -> None:
         self.rank, self.connection, self.process, self.host = rank, connection, process, host
+        self.near = connection.getpeername()[0] == connection.getsockname()[0]  # containers may share a host's name
         self.asks = ""
         self.progress, self.seen, self.moved, self.said_bye = -1, time.monotonic(), time.monotonic(), False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -88,7 +88,7 @@ def _stream(_context: Any, _to: Any, _source: Any = None) -> Any:
 
 
 @intrinsic
-def _settle(_context: Any) -> Any:
+def _settle(_context: Any = None) -> Any:
     """Let what was moved past the caches be seen before whatever is written next."""
 
     def code(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:

@@ -165,7 +165,7 @@ class Mesh:
 
     def _call(self, rank: int, note: bytes, host: str, token: bytes) -> socket.socket:
         port, name, *places = note.split(b"\n")
-        tries = ["127.0.0.1"] if name.decode() == host else [name.decode(), *(place.decode() for place in places)]
+        tries = ["127.0.0.1" if name.decode() == host else name.decode(), *(place.decode() for place in places)]
         for place in tries:
             connection = connect(place, int(port))
             if connection is not None:
