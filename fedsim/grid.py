@@ -36,9 +36,8 @@ def label(variant: str | None, cell: Cell, axes: Axes) -> str | None:
     swept = [key for key in cell if len(axes[key]) > 1]
     short = {key: key.rpartition(".")[2] for key in swept}
     names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
-    return (
-        ", ".join([*([variant] if variant else []), *(f"{names[key]}={written(cell[key])}" for key in swept)]) or None
-    )
+    values = [f"{names[key]}={_told_apart(cell[key], axes[key])}" for key in swept]
+    return ", ".join([*([variant] if variant else []), *values]) or None
 
 
 def _told_apart(value: Any, among: tuple[Any, ...]) -> str:

@@ -6,12 +6,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fedsim.engine.machine import prepare
 
 prepare()
+
+settings.register_profile("the same every time", derandomize=True)  # a run of the tests can be repeated, too
+settings.load_profile("the same every time")
 
 
 def pytest_collection_finish():

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedsim.errors import InputError
@@ -31,6 +31,7 @@ def test_a_grid_holds_every_combination_once(section):
     assert ranks == sorted(ranks)
 
 
+@example([1e-06, 1.0000000000000002e-06], [1])
 @given(
     st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5, unique=True),
     st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True),
