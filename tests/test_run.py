@@ -307,6 +307,7 @@ def test_light_commands_import_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_long_study_runs_side_by_side_to_the_same_digest(tmp_path, monkeypatch):
     """Runs in processes of their own give the digests of runs one after another; one that fails is named."""
     import fedsim.side_by_side

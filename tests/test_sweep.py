@@ -116,6 +116,7 @@ def test_a_killed_sweep_goes_on_and_ends_equal_to_an_unbroken_one(tmp_path, monk
     assert result.facts["select"] == whole.facts["select"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_fails_its_cell_alone_and_is_tried_again(tmp_path, monkeypatch):
     """A cell whose process is killed is failed, the others end, and the next call plays it again."""
     monkeypatch.setenv("FEDSIM_CORES", "2")

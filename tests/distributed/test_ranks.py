@@ -65,7 +65,7 @@ def alone(tmp_path_factory):
     [
         pytest.param("mpi", 2, marks=[needs_mpi, pytest.mark.slow]),
         pytest.param("mpi", 3, marks=needs_mpi),
-        ("torch", 2),
+        pytest.param("torch", 2, marks=pytest.mark.slow),
     ],
 )
 def test_every_launcher_gives_the_digests_of_one_process(alone, tmp_path, kind, size):
