@@ -105,8 +105,7 @@ class Watch:
     def _join(self) -> dict[int, _Peer]:
         note = self._transport.broadcast(None).tobytes().split(b"\n")
         token, port, host = bytes.fromhex(note[0].decode()), int(note[1]), note[2].decode()
-        places = ["127.0.0.1" if host == self._host else host, *(place.decode() for place in note[3:])]
-        connection = next((c for place in places if (c := connect(place, port))), None)
+        connection = next((c for place in places(host, note[3:]) if (c := connect(place, port))), None)
         if connection is not None:
             hello = HELLO.pack(token, self._transport.rank, os.getpid(), self._host.encode()[:64])
             connection.sendall(hello)
@@ -229,7 +228,7 @@ class _Peer:
 
     def __init__(self, rank: int, connection: socket.socket, process: int, host: str) -> None:
         self.rank, self.connection, self.process, self.host = rank, connection, process, host
-        self.near = connection.getpeername()[0] == connection.getsockname()[0]  # containers may share a host's name
+        self.near = near(connection)
         self.asks = ""
         self.progress, self.seen, self.moved, self.said_bye = -1, time.monotonic(), time.monotonic(), False
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -248,6 +247,16 @@ def addresses(host: str) -> list[bytes]:
         probe.connect(("203.0.113.1", 9))  # a documentation address: nothing is sent, the route is looked up
         found[probe.getsockname()[0]] = None
     return [place.encode() for place in found if not place.startswith("127.")]
+
+
+def places(host: str, others: list[bytes]) -> list[str]:
+    """Return where a rank of a host with these addresses may be reached from here, in the order to try."""
+    return ["127.0.0.1" if host == socket.gethostname() else host, *(place.decode() for place in others)]
+
+
+def near(connection: socket.socket) -> bool:
+    """Whether both ends are on one host; its name alone does not show it, which containers may share."""
+    return connection.getpeername()[0] == connection.getsockname()[0]
 
 
 def connect(place: str, port: int) -> socket.socket | None:

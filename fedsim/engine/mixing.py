@@ -109,8 +109,8 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
     counted from `base`.
     Large values are taken by columns, as many as a large second-level cache holds of all rows: each number is then
     fetched from memory once, not once per neighbour. Otherwise by pieces of rows, whose sums go to memory past the
-    caches, as large copies do. Five neighbours are taken at once where there are as many (a
-    torus, a 4-regular graph), then four, then one.
+    caches, as large copies do. Five neighbours are taken at once where there are as many (a torus, a 4-regular graph),
+    then four, then one.
     """
     dim, size, written = out.shape[1], out.itemsize, out.ctypes.data
     tile = CACHE // (len(addresses) * size) // 32 * 32
@@ -156,22 +156,23 @@ def mix_rows(first, offsets, columns, weights, base, addresses, out):  # pragma:
                 _add(n, total, _pointer(begin + addresses[columns[p]], out), weights[p])
                 p += 1
             if streams:
-                _release(n, size, piece.ctypes.data, target, total, _pointer(target, out))
+                _release(piece, n, target)
     if streams:
         _settle()
 
 
 @njit(error_model="numpy")
-def _release(count, size, source, target, values, total):  # pragma: no cover - compiled
-    """Write a sum to its place, whole lines of memory past the caches."""
+def _release(piece, count, target):  # pragma: no cover - compiled
+    """Write a sum of so many numbers to its place, whole lines of memory past the caches."""
+    size, source, total = piece.itemsize, piece.ctypes.data, _pointer(target, piece)
     first = min(count, -target % 64 // size)
     last = first + (count - first) * size // 64 * 64 // size
     for i in range(first):
-        total[i] = values[i]
+        total[i] = piece[i]
     for line in range(first * size, last * size, 64):
         _stream(target + line, source + line)
     for i in range(last, count):
-        total[i] = values[i]
+        total[i] = piece[i]
 
 
 @njit(error_model="numpy")

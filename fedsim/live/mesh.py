@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import RunError
 from fedsim.transport.transport import Transport
-from fedsim.watch import addresses, connect, exactly
+from fedsim.watch import addresses, connect, exactly, near, places
 
 HELLO = struct.Struct("<32si")
 FRAME = struct.Struct("<c3xiqq")  # kind, edge, number of the offer, depth; the numbers behind it lie aligned
@@ -56,7 +56,7 @@ class Mesh:
         self._ready: deque[tuple[int, Frame]] = deque()
         for rank, connection in self._connections.items():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if connection.getpeername()[0] == connection.getsockname()[0]:
+            if near(connection):
                 for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     connection.setsockopt(socket.SOL_SOCKET, which, BUFFER)
             connection.setblocking(False)
@@ -159,13 +159,13 @@ class Mesh:
             port = server.getsockname()[1]
             note = b"\n".join([str(port).encode(), host.encode(), *addresses(host)])
             notes = [part.tobytes() for part in transport.all_gather(np.frombuffer(note, np.uint8))]
-            found = {rank: self._call(rank, notes[rank], host, token.tobytes()) for rank in peers if rank < self._rank}
+            found = {rank: self._call(rank, notes[rank], token.tobytes()) for rank in peers if rank < self._rank}
             found |= self._answer(server, {rank for rank in peers if rank > self._rank}, token.tobytes())
         return found
 
-    def _call(self, rank: int, note: bytes, host: str, token: bytes) -> socket.socket:
-        port, name, *places = note.split(b"\n")
-        tries = ["127.0.0.1" if name.decode() == host else name.decode(), *(place.decode() for place in places)]
+    def _call(self, rank: int, note: bytes, token: bytes) -> socket.socket:
+        port, host, *others = note.split(b"\n")
+        tries = places(host.decode(), others)
         for place in tries:
             connection = connect(place, int(port))
             if connection is not None:
