@@ -210,10 +210,10 @@ def _zero(out, to, size):  # pragma: no cover - compiled
 
 
 @lean
-def _finite(values, size):  # pragma: no cover - compiled
+def _finite(values, start, size):  # pragma: no cover - compiled
     good = True
     for c in range(size):
-        good &= abs(values[_u(c)]) < math.inf
+        good &= abs(values[_u(start) + _u(c)]) < math.inf
     return good
 
 
@@ -272,17 +272,17 @@ def _combine(out, to, total, v, at, dim, m, row, pattern, a, size):  # pragma: n
 
 
 @lean
-def _weighted(out, weights, v, at, step, size):  # pragma: no cover - compiled
-    """`out[c] = sum of weights[b] v[at + b step + c]` over the b with a weight."""
+def _weighted(out, to, weights, v, at, step, size):  # pragma: no cover - compiled
+    """`out[to + c] = sum of weights[b] v[at + b step + c]` over the b with a weight."""
     empty = True
     for b in range(len(weights)):
         if weights[b] != 0.0 and empty:
-            _one(out, 0, v, at + b * step, weights[b], size)
+            _one(out, to, v, at + b * step, weights[b], size)
             empty = False
         elif weights[b] != 0.0:
-            _add(out, 0, weights[b], v, at + b * step, size)
+            _add(out, to, weights[b], v, at + b * step, size)
     if empty:
-        _zero(out, 0, size)
+        _zero(out, to, size)
 
 
 @lean
@@ -371,10 +371,10 @@ def gossip(state, table, room, i, j, e, t):  # pragma: no cover - compiled
         size, at_i, at_j = min(TILE, dim - lo), i * k * dim + lo, j * k * dim + lo
         _times(own, room.total, v, at_i, dim, flow, 0, table.pattern, moves_i, size)
         _times(other, room.total, v, at_j, dim, flow, k * k, table.pattern, moves_j, size)
-        _weighted(m, table.message, own, 0, TILE, size)
-        _weighted(m_other, table.message, other, 0, TILE, size)
+        _weighted(m, 0, table.message, own, 0, TILE, size)
+        _weighted(m_other, 0, table.message, other, 0, TILE, size)
         _add(m, 0, -1.0, m_other, 0, size)
-        good &= _finite(m, size)
+        good &= _finite(m, 0, size)
         _store(v, at_i, dim, own, jump, 1.0, m, size)
         _store(v, at_j, dim, other, jump, -1.0, m, size)
     _meet(state.depth, i, j)
@@ -392,17 +392,19 @@ def move(state, table, room, i, j, e):  # pragma: no cover - compiled
             _add(v, (i * len(table.point) + a) * dim, jump[a], room.g, 0, dim)
             _add(v, (j * len(table.point) + a) * dim, -jump[a], room.g, 0, dim)
     _meet(state.depth, i, j)
-    return _finite(room.g, dim)
+    return _finite(room.g, 0, dim)
 
 
 @lean
 def read(state, table, room, i, t):  # pragma: no cover - compiled
     """Begin a gradient event: flow row i to t, and write the point at which its gradient is taken to `room.x`."""
-    dim = len(room.x)
-    at = i * len(table.point) * dim
-    if _elapse(state, table, i, t, room.flow, 0):
-        _multiply(state.v, at, dim, room.flow, table.pattern, room.own, room.total)
-    _weighted(room.x, table.point, state.v, at, dim, dim)
+    k, dim, v = len(table.point), len(room.x), state.v
+    moves = _elapse(state, table, i, t, room.flow, 0)
+    for lo in range(0, dim, TILE):
+        size, at = min(TILE, dim - lo), i * k * dim + lo
+        if moves:
+            _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
+        _weighted(room.x, lo, table.point, v, at, dim, size)
 
 
 @lean
@@ -422,8 +424,7 @@ def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
         size, at = min(TILE, dim - lo), i * k * dim + lo
         if moves:
             _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
-        _weighted(room.m, table.message, v, at, dim, size)
-        _copy(messages, i * dim + lo, room.m, 0, size)
+        _weighted(messages, i * dim + lo, table.message, v, at, dim, size)
 
 
 @lean
@@ -443,7 +444,7 @@ def end(state, table, room, i, e, sign, messages, theirs, at, depth):  # pragma:
         else:
             _copy(m, 0, theirs, at + lo, size)
             _add(m, 0, -1.0, messages, i * dim + lo, size)
-        good &= _finite(m, size)
+        good &= _finite(m, 0, size)
         for a in range(k):
             if jump[a] != 0.0:
                 _add(state.v, (i * k + a) * dim + lo, sign * jump[a], m, 0, size)
@@ -454,19 +455,21 @@ def end(state, table, room, i, e, sign, messages, theirs, at, depth):  # pragma:
 @lean
 def apply(state, table, room, i):  # pragma: no cover - compiled
     """End a gradient event with the gradient in `room.g`; return whether the residual is finite."""
-    dim = len(room.x)
-    at = i * len(table.point) * dim
-    for a in range(len(table.point)):
-        if table.residual[a] != 0.0:
-            _add(room.g, 0, table.residual[a], state.v, at + a * dim, dim)
-    if len(table.gradient_map) > 0:
-        _multiply(state.v, at, dim, table.gradient_map, table.full, room.own, room.total)
+    k, dim, v, g, good = len(table.point), len(room.x), state.v, room.g, True
     factor = decayed(state.gradients[i], table.decay)
-    for a in range(len(table.point)):
-        if table.gradient_jump[a] != 0.0:
-            _add(state.v, at + a * dim, factor * table.gradient_jump[a], room.g, 0, dim)
+    for lo in range(0, dim, TILE):
+        size, at = min(TILE, dim - lo), i * k * dim + lo
+        for a in range(k):
+            if table.residual[a] != 0.0:
+                _add(g, lo, table.residual[a], v, at + a * dim, size)
+        if len(table.gradient_map) > 0:
+            _multiply_part(v, at, dim, table.gradient_map, table.full, room.own, room.total, size)
+        for a in range(k):
+            if table.gradient_jump[a] != 0.0:
+                _add(v, at + a * dim, factor * table.gradient_jump[a], g, lo, size)
+        good &= _finite(g, lo, size)
     state.gradients[i] += 1
-    return _finite(room.g, dim)
+    return good
 
 
 @njit

@@ -26,12 +26,15 @@ class Moves:
     def read(self, row: int, t: float) -> NDArray:
         """Flow to t and return the point at which the gradient is to be taken, `[dim]`."""
         point = np.empty_like(self.room.x)
-        _read(self.state, self.table, self.room, row, t, point)
+        _read(self.state, self.table, self.room._replace(x=point), row, t)
         return point
 
     def apply(self, row: int, t: float, gradient: NDArray) -> bool:
         """Flow to t and add the gradient; return whether it is finite."""
-        return _apply(self.state, self.table, self.room, row, t, gradient)
+        own = np.require(gradient, self.state.v.dtype, ["C", "W"])
+        if own is gradient and self.table.residual.any():
+            own = gradient.copy()  # the residual is added to it
+        return _apply(self.state, self.table, self.room._replace(g=own), row, t)
 
     def tell(self, row: int, t: float) -> tuple[NDArray, int]:
         """Flow to t and return what the row sends `[dim]`, and its depth."""
@@ -49,15 +52,13 @@ class Moves:
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def _read(state, table, room, i, t, point):  # pragma: no cover - compiled
+def _read(state, table, room, i, t):  # pragma: no cover - compiled
     read(state, table, room, i, t)
-    point[:] = room.x
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def _apply(state, table, room, i, t, g):  # pragma: no cover - compiled
+def _apply(state, table, room, i, t):  # pragma: no cover - compiled
     to_time(state, table, room, i, t)
-    room.g[:] = g
     return apply(state, table, room, i)
 
 
