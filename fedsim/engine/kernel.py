@@ -416,34 +416,35 @@ def to_time(state, table, room, i, t):  # pragma: no cover - compiled
 
 
 @lean
-def begin(state, table, room, i, t, messages):  # pragma: no cover - compiled
-    """Begin an exchange with another rank: flow row i to t, and write what it sends to its place in `messages`."""
+def begin(state, table, room, i, t, messages, place):  # pragma: no cover - compiled
+    """Begin an exchange with another rank: flow row i to t, and write what it sends to a place in `messages`."""
     k, dim, v = len(table.point), len(room.x), state.v
     moves = _elapse(state, table, i, t, room.flow, 0)
     for lo in range(0, dim, TILE):
         size, at = min(TILE, dim - lo), i * k * dim + lo
         if moves:
             _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
-        _weighted(messages, i * dim + lo, table.message, v, at, dim, size)
+        _weighted(messages, place + lo, table.message, v, at, dim, size)
 
 
 @lean
-def end(state, table, room, i, e, sign, messages, theirs, at, depth):  # pragma: no cover - compiled
-    """End it: row i, whose message is in its place, takes the first end's message minus the second's.
+def end(state, table, room, i, e, sign, messages, place, theirs, at, depth):  # pragma: no cover - compiled
+    """End it: row i takes the first end's message minus the second's.
 
     Args:
-        sign: 1 where i is the first end, else -1. theirs, at: the other end's message, from place `at` on.
+        sign: 1 where i is the first end, else -1. messages, place: its own message, from place `place` on.
+        theirs, at: the other end's.
     """
     k, dim, jump, m, good = len(table.point), len(room.x), room.jump, room.m, True
     _write_jump(table, jump, e)
     for lo in range(0, dim, TILE):
         size = min(TILE, dim - lo)
         if sign > 0.0:
-            _copy(m, 0, messages, i * dim + lo, size)
+            _copy(m, 0, messages, place + lo, size)
             _add(m, 0, -1.0, theirs, at + lo, size)
         else:
             _copy(m, 0, theirs, at + lo, size)
-            _add(m, 0, -1.0, messages, i * dim + lo, size)
+            _add(m, 0, -1.0, messages, place + lo, size)
         good &= _finite(m, 0, size)
         for a in range(k):
             if jump[a] != 0.0:

@@ -167,7 +167,7 @@ def _pass(gradient, state, table, room, data, batch, left, wave, dual):  # pragm
             good, cost = take(gradient, state, table, data, room, i, t)
             taken, samples, waits = taken + 1, samples + cost, False
         elif (i == FOREIGN or j == FOREIGN) and not dual:
-            begin(state, table, room, max(i, j), t, wave.message)
+            begin(state, table, room, max(i, j), t, wave.message, max(i, j) * len(room.x))
             wave.away[max(i, j)] = True
             wave.begun[begun] = event
             begun += 1
@@ -227,6 +227,6 @@ def _meet(state, table, room, batch, events, wave, inbox, depths, slots):  # pra
         row = batch.a[event] if first else batch.b[event]
         wave.away[row] = False
         sign, edge, at = 1.0 if first else -1.0, batch.edge[event], slot * dim
-        if not end(state, table, room, row, edge, sign, wave.message, inbox, at, depths[slot]):
+        if not end(state, table, room, row, edge, sign, wave.message, row * dim, inbox, at, depths[slot]):
             bad = min(bad, event)
     return bad

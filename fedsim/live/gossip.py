@@ -42,8 +42,8 @@ def starts(layout: Layout, ends: Ints) -> Ints:
 class Gossip:
     """The exchanges of one rank's rows.
 
-    A message lies where its row keeps what it sent last: it is sent, or taken by the other end, before this thread,
-    the only one that tells, lets the row tell anything else.
+    A message lies in memory that both ends see, or else where its row keeps what it sent last: it is sent, or taken by
+    the other end, before this thread, the only one that tells, lets the row tell anything else.
 
     Args:
         row: `[n]`, the row of each node number, negative elsewhere. ends: `[m, 2]` node numbers. side: from `starts`.
@@ -108,13 +108,19 @@ class Gossip:
         self._number[edge] += 1
         with self._lock:
             t = self._now()
-            m, depth = self._moves.tell(row, t)
+            m = self._own(row, edge)
+            depth = self._moves.tell(row, t, m)
             self._log.add(int(self._nodes[row]), OFFER, t, edge, number)
         frame = Frame(mesh.OFFER, edge, number, depth, m)
         if self._row[self._ends[edge, 1 - self._side[edge]]] >= 0:
             self._offered(frame)
         else:
             self._mesh.send(int(self._owner[edge, 1 - self._side[edge]]), frame)
+
+    def _own(self, row: int, edge: int) -> NDArray:
+        """Return where what a row tells over an edge lies."""
+        slot = self._mesh.slots.get(edge)
+        return self._moves.message(row) if slot is None else slot[0]
 
     def _offered(self, frame: Frame) -> None:
         row = int(self._row[self._ends[frame.edge, 1 - self._side[frame.edge]]])
@@ -127,8 +133,9 @@ class Gossip:
         edge, first = frame.edge, bool(self._side[frame.edge] == 1)  # whether this end is the edge's first
         with self._lock:
             t = self._now()
-            m, depth = self._moves.tell(row, t)
-            self.finite &= self._moves.end(row, t, edge, first, frame.m, frame.depth)
+            m = self._own(row, edge)
+            depth = self._moves.tell(row, t, m)
+            self.finite &= self._moves.end(row, t, edge, first, m, frame.m, frame.depth)
             self._log.add(int(self._nodes[row]), ACCEPT, t, edge, frame.number)
         if first:
             self.done[edge] += 1
@@ -143,7 +150,7 @@ class Gossip:
         row = int(self._row[self._ends[edge, self._side[edge]]])
         with self._lock:
             t = self._now()
-            self.finite &= self._moves.end(row, t, edge, first, frame.m, frame.depth)
+            self.finite &= self._moves.end(row, t, edge, first, self._own(row, edge), frame.m, frame.depth)
             self._log.add(int(self._nodes[row]), ANSWER, t, edge, frame.number)
         if first:
             self.done[edge] += 1

@@ -1,4 +1,7 @@
-"""TCP connections between the ranks that share edges: made once, opened by a token, fixed frames, no pickles."""
+"""TCP connections between the ranks that share edges: made once, opened by a token, fixed frames, no pickles.
+
+Within a host long messages lie in memory that both ends see; the connection then carries their heads.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import RunError
+from fedsim.live.shared import Slots, share
 from fedsim.transport.transport import Transport
 from fedsim.watch import addresses, connect, exactly, near, places
 
@@ -47,7 +51,7 @@ class Mesh:
     def __init__(self, transport: Transport, peers: list[int], dim: int, dtype: np.dtype) -> None:
         self._rank, self._dim, self._dtype = transport.rank, dim, dtype
         self._size = FRAME.size + dim * dtype.itemsize
-        self.sent = 0
+        self.slots: Slots = {}
         self._connections = self._connect(transport, peers)
         few = all(connection.fileno() < 1024 for connection in self._connections.values())  # what select can name
         # epoll waits whole milliseconds: an exchange that is due before would come late
@@ -67,6 +71,15 @@ class Mesh:
         """The ranks at the other ends."""
         return list(self._connections)
 
+    def share(self, transport: Transport, edges: dict[int, list[int]]) -> None:
+        """Let messages lie in memory that both ends see, where that can be had; all ranks call this.
+
+        Args:
+            edges: by peer, the edges to it, ascending.
+        """
+        here = {rank: edges[rank] for rank, connection in self._connections.items() if near(connection)}
+        self.slots = share(transport, here, self._dim, self._dtype)
+
     def send(self, rank: int, frame: Frame) -> None:
         """Send a frame. While the peer takes no more, take what comes: it may be sending to us.
 
@@ -74,9 +87,8 @@ class Mesh:
             RunError: the peer is gone, or has taken nothing for half a minute; or as `arrived`.
         """
         head = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
-        left = [memoryview(head)] if frame.kind == QUIET else [memoryview(head), frame.m.data.cast("B")]
+        left = [memoryview(head)] if self._bare(frame.kind, frame.edge) else [memoryview(head), frame.m.data.cast("B")]
         connection, size = self._connections[rank], sum(map(len, left))
-        self.sent += size
         while size:
             try:
                 begun = connection.sendmsg(left)
@@ -136,14 +148,19 @@ class Mesh:
             kind, edge, number, depth = FRAME.unpack_from(buffer.data)
             if kind not in (OFFER, ANSWER, QUIET):
                 raise RunError(f"rank {rank} sent something that is no message of a live run")
-            size = FRAME.size if kind == QUIET else self._size
+            size = FRAME.size if self._bare(kind, edge) else self._size
             if filled < size:
                 return
             rest = np.empty(self._size, np.uint8)
             rest[: filled - size] = buffer[size:filled]
             self._inbox[rank] = rest, filled - size
-            yield Frame(kind, edge, number, depth, buffer[FRAME.size : size].view(self._dtype))
+            m = self.slots[edge][1] if edge in self.slots else buffer[FRAME.size : size].view(self._dtype)
+            yield Frame(kind, edge, number, depth, m)
             buffer, filled = self._inbox[rank]
+
+    def _bare(self, kind: bytes, edge: int) -> bool:
+        """Whether only the head of a message goes over the connection."""
+        return kind == QUIET or edge in self.slots
 
     def close(self) -> None:
         """Close all connections."""

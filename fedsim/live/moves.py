@@ -16,7 +16,8 @@ READ, APPLY, OFFER, ACCEPT, ANSWER = 0, 1, 2, 3, 4
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """The moves of one process's rows. `state.v` is flat; `messages [rows * dim]` holds what each row sent last."""
+    """The moves of one process's rows. `state.v` is flat; `messages [rows * dim]` holds what
+    each row sent last over edges whose messages have no place of their own."""
 
     state: State
     table: Table
@@ -36,19 +37,24 @@ class Moves:
             own = gradient.copy()  # the residual is added to it
         return _apply(self.state, self.table, self.room._replace(g=own), row, t)
 
-    def tell(self, row: int, t: float) -> tuple[NDArray, int]:
-        """Flow to t and return what the row sends `[dim]`, and its depth."""
+    def message(self, row: int) -> NDArray:
+        """Return where a row's messages `[dim]` lie that nothing else has a place for."""
         dim = len(self.room.x)
-        _tell(self.state, self.table, self.room, row, t, self.messages)
-        return self.messages[row * dim : (row + 1) * dim], int(self.state.depth[row])
+        return self.messages[row * dim : (row + 1) * dim]
 
-    def end(self, row: int, t: float, edge: int, first: bool, theirs: NDArray, depth: int) -> bool:
+    def tell(self, row: int, t: float, m: NDArray) -> int:
+        """Flow to t, write what the row sends to `m [dim]`, and return its depth."""
+        _tell(self.state, self.table, self.room, row, t, m)
+        return int(self.state.depth[row])
+
+    def end(self, row: int, t: float, edge: int, first: bool, own: NDArray, theirs: NDArray, depth: int) -> bool:
         """Flow to t and take what the other end sent; return whether it is finite.
 
         Args:
-            first: whether the row is the edge's first end. theirs: `[dim]`. depth: the other end's when it sent.
+            first: whether the row is the edge's first end. own, theirs: the messages `[dim]`. depth: the other end's
+                when it sent.
         """
-        return _end(self.state, self.table, self.room, row, t, edge, first, self.messages, theirs, depth)
+        return _end(self.state, self.table, self.room, row, t, edge, first, own, theirs, depth)
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
@@ -63,11 +69,11 @@ def _apply(state, table, room, i, t):  # pragma: no cover - compiled
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def _tell(state, table, room, i, t, messages):  # pragma: no cover - compiled
-    begin(state, table, room, i, t, messages)
+def _tell(state, table, room, i, t, m):  # pragma: no cover - compiled
+    begin(state, table, room, i, t, m, 0)
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
-def _end(state, table, room, i, t, e, first, messages, theirs, depth):  # pragma: no cover - compiled
+def _end(state, table, room, i, t, e, first, own, theirs, depth):  # pragma: no cover - compiled
     to_time(state, table, room, i, t)
-    return end(state, table, room, i, e, 1.0 if first else -1.0, messages, theirs, 0, depth)
+    return end(state, table, room, i, e, 1.0 if first else -1.0, own, 0, theirs, 0, depth)

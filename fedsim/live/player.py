@@ -74,8 +74,11 @@ class LiveEvents(Events):
         owner = layout.owner(layout.topology.position[self._ends])
         cut = owner[(owner == layout.rank).any(axis=1) & (owner[:, 0] != owner[:, 1])]
         peers = [int(rank) for rank in np.unique(cut) if rank != layout.rank]
+        far = np.where(owner[:, 0] == layout.rank, owner[:, 1], owner[:, 0])
+        edges = {r: np.flatnonzero((owner == layout.rank).any(axis=1) & (far == r)).tolist() for r in peers}
         if self._mesh is None:
             self._mesh = Mesh(layout.transport, peers, self._problem.dim, self.state.v.dtype)
+            self._mesh.share(layout.transport, edges)
         self._gossip = Gossip(layout, self._row, self._ends, self._side, self.moves, self._log, self._mesh, self._lock)
 
     def _settle(self) -> None:
@@ -111,14 +114,16 @@ class LiveEvents(Events):
         copy.read(0, 0.0)  # compiled now, not while the clock runs
         copy.apply(0, 0.0, theirs)
         moves, ways = [], []
+        assert self._mesh is not None
+        body = as_bytes(theirs)[: 1 if self._mesh.slots else None]  # what lies in shared memory has no way to go
         for _ in range(6):
             clock = time.perf_counter()
-            copy.tell(0, 0.0)
-            copy.end(0, 0.0, 0, True, theirs, 0)
+            copy.tell(0, 0.0, copy.message(0))
+            copy.end(0, 0.0, 0, True, copy.message(0), theirs, 0)
             moves.append(time.perf_counter() - clock)
             transport.all_gather(np.zeros(1, np.uint8))
             clock = time.perf_counter()
-            transport.all_gather(as_bytes(theirs))
+            transport.all_gather(body)
             ways.append(time.perf_counter() - clock)
         return min(moves) + (min(ways) if transport.size > 1 else 0.0)
 
@@ -229,8 +234,11 @@ class LiveEvents(Events):
 
     def facts(self) -> dict[str, Any]:
         """Return unit and achieved rates; all ranks call this."""
-        parts = self._layout.transport.all_gather(as_bytes(self._done))
-        done = np.sum([part.view(np.int64) for part in parts], axis=0)
+        assert self._mesh is not None
+        mine = np.append(self._done, len(self._mesh.slots))
+        parts = self._layout.transport.all_gather(as_bytes(mine))
+        *done, ends = np.sum([part.view(np.int64) for part in parts], axis=0)
+        done = np.array(done, np.int64)
         used = self._rates > 0
         achieved = done[used] / np.maximum(self._rates[used] * max(self._now, 1e-9), 1e-300)
         return {
@@ -240,6 +248,7 @@ class LiveEvents(Events):
                 "stretched": self.stretched,
                 "ranks": self._layout.size,
                 "parts": self._part,
+                "shared_edges": int(ends) // 2,
                 "achieved": float(done[used].sum() / (self._rates[used].sum() * max(self._now, 1e-9))),
                 "worst_edge": float(achieved.min(initial=1.0)),
                 "edges": [

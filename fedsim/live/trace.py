@@ -138,13 +138,14 @@ class Replay:
             return None
         told = None
         if kind in (OFFER, ACCEPT):
-            m, depth = self._moves.tell(row, t)
+            m = self._moves.message(row)
+            depth = self._moves.tell(row, t, m)
             told = (kind, edge, number)
             self._mail[told] = m.copy(), depth
         if wanted is not None:
             theirs, depth = self._mail.pop(wanted)
             first = bool(self._ends[edge, 0] == node)
-            self._moves.end(row, t, edge, first, theirs, depth)
+            self._moves.end(row, t, edge, first, self._moves.message(row), theirs, depth)
             self.exchanges[edge] += first
         return told
 

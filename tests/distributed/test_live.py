@@ -11,8 +11,10 @@ from launching import launch, needs_mpi
 
 import fedsim
 from fedsim.errors import InputError, RunError
+from fedsim.live import shared
 from fedsim.live.mesh import FRAME, OFFER, Frame, Mesh
 from fedsim.live.moves import APPLY
+from fedsim.live.shared import LINE, SHORT, share
 from fedsim.live.trace import FOLDER
 from fedsim.replay import replay
 
@@ -92,6 +94,79 @@ def test_a_changed_trace_is_noticed(file):
     np.savez(place, **arrays)
     with pytest.raises(RunError, match="torn"):
         replay(result.folder)
+
+
+@needs_mpi
+def test_long_messages_lie_in_memory_that_ranks_share_and_replay_to_the_bit(file):
+    """Messages of 40 kB between three ranks of a host go through shared memory, no file of which is left; same bits."""
+    start = ["algorithm.kind=accelerated_gossip", "problem={kind: consensus, dim: 5000}", "start={kind: problem}"]
+    before = set(shared.FOLDER.glob("fedsim-*"))
+    start += ["schedule.unit=0.01", "--json", "--folder", "out"]
+    done = launch("mpi", 3, "run", file, *start, cwd=file.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    live = fedsim.load(file.parent / "out").facts["live"]
+    assert live["shared_edges"] == 4  # nodes lie in an order of small bandwidth: two edges cross either border
+    assert set(shared.FOLDER.glob("fedsim-*")) <= before
+    found = replay(file.parent / "out")
+    assert found["same"]
+    assert found["digest"] == json.loads(done.stdout)["digest"]
+
+
+class Ranks:
+    """A rank among threads: gathers what all of them give."""
+
+    def __init__(self, rank, barrier, given):
+        self.rank, self._barrier, self._given = rank, barrier, given
+
+    def all_gather(self, mine):
+        self._given[self.rank] = mine
+        self._barrier.wait(20)
+        parts = [self._given[rank] for rank in sorted(self._given)]
+        self._barrier.wait(20)
+        return parts
+
+
+def shared_by_two(dim):
+    """Return what two ranks share for edges 4 and 9, by rank."""
+    barrier, given, found = threading.Barrier(2), {}, {}
+
+    def play(rank):
+        found[rank] = share(Ranks(rank, barrier, given), {1 - rank: [4, 9]}, dim, np.dtype("f8"))
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_each_end_of_an_edge_reads_what_the_other_writes():
+    """Every edge has a place for either direction; none overlaps another."""
+    found = shared_by_two(3001)
+    for rank, slots in found.items():
+        for edge, (mine, _) in slots.items():
+            mine[:] = 10 * edge + rank
+    assert set(found[0]) == set(found[1]) == {4, 9}
+    for rank, slots in found.items():
+        for edge, (mine, theirs) in slots.items():
+            assert mine.shape == theirs.shape == (3001,)
+            assert mine.ctypes.data % LINE == theirs.ctypes.data % LINE == 0
+            assert (mine == 10 * edge + rank).all()
+            assert (theirs == 10 * edge + 1 - rank).all()
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "full", "another folder", "short"])
+def test_messages_go_over_connections_where_memory_cannot_be_shared(tmp_path, monkeypatch, trouble):
+    """No folder for it, no room in it, another one in the other's container, or short messages: nothing is shared."""
+    monkeypatch.setattr(shared, "FOLDER", tmp_path / "none" if trouble == "no folder" else tmp_path)
+    if trouble == "full":
+        monkeypatch.setattr(shared.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    if trouble == "another folder":
+        take = shared._take
+        monkeypatch.setattr(shared, "_take", lambda file, size, mark: take(file, size, "00" * 32))
+    assert shared_by_two(SHORT // 8 if trouble == "short" else 3001) == {0: {}, 1: {}}
+    assert not list(tmp_path.iterdir())
 
 
 @needs_mpi
