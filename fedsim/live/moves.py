@@ -16,8 +16,10 @@ READ, APPLY, OFFER, ACCEPT, ANSWER = 0, 1, 2, 3, 4
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """The moves of one process's rows. `state.v` is flat; `messages [rows * dim]` holds what
-    each row sent last over edges whose messages have no place of their own."""
+    """The moves of one process's rows.
+
+    `state.v` is flat; `messages [rows * dim]` holds what each row sent last over edges that have no place of their own.
+    """
 
     state: State
     table: Table
