@@ -396,15 +396,21 @@ def move(state, table, room, i, j, e):  # pragma: no cover - compiled
 
 
 @lean
-def read(state, table, room, i, t):  # pragma: no cover - compiled
-    """Begin a gradient event: flow row i to t, and write the point at which its gradient is taken to `room.x`."""
+def _combined(state, table, room, i, t, weights, out, to):  # pragma: no cover - compiled
+    """Flow row i to t, and write a weighted sum of its variables to `out`, from place `to` on."""
     k, dim, v = len(table.point), len(room.x), state.v
     moves = _elapse(state, table, i, t, room.flow, 0)
     for lo in range(0, dim, TILE):
         size, at = min(TILE, dim - lo), i * k * dim + lo
         if moves:
             _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
-        _weighted(room.x, lo, table.point, v, at, dim, size)
+        _weighted(out, to + lo, weights, v, at, dim, size)
+
+
+@lean
+def read(state, table, room, i, t):  # pragma: no cover - compiled
+    """Begin a gradient event: flow row i to t, and write the point at which its gradient is taken to `room.x`."""
+    _combined(state, table, room, i, t, table.point, room.x, 0)
 
 
 @lean
@@ -418,13 +424,7 @@ def to_time(state, table, room, i, t):  # pragma: no cover - compiled
 @lean
 def begin(state, table, room, i, t, messages, place):  # pragma: no cover - compiled
     """Begin an exchange with another rank: flow row i to t, and write what it sends to a place in `messages`."""
-    k, dim, v = len(table.point), len(room.x), state.v
-    moves = _elapse(state, table, i, t, room.flow, 0)
-    for lo in range(0, dim, TILE):
-        size, at = min(TILE, dim - lo), i * k * dim + lo
-        if moves:
-            _multiply_part(v, at, dim, room.flow, table.pattern, room.own, room.total, size)
-        _weighted(messages, place + lo, table.message, v, at, dim, size)
+    _combined(state, table, room, i, t, table.message, messages, place)
 
 
 @lean
