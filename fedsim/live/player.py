@@ -71,13 +71,12 @@ class LiveEvents(Events):
 
     def _connect(self) -> None:
         layout = self._layout
-        owner = layout.owner(layout.topology.position[self._ends])
-        cut = owner[(owner == layout.rank).any(axis=1) & (owner[:, 0] != owner[:, 1])]
-        peers = [int(rank) for rank in np.unique(cut) if rank != layout.rank]
-        far = np.where(owner[:, 0] == layout.rank, owner[:, 1], owner[:, 0])
-        edges = {r: np.flatnonzero((owner == layout.rank).any(axis=1) & (far == r)).tolist() for r in peers}
         if self._mesh is None:
-            self._mesh = Mesh(layout.transport, peers, self._problem.dim, self.state.v.dtype)
+            owner = layout.owner(layout.topology.position[self._ends])
+            crossing = np.flatnonzero((owner == layout.rank).any(axis=1) & (owner[:, 0] != owner[:, 1]))
+            far = owner[crossing].sum(axis=1) - layout.rank
+            edges = {int(rank): crossing[far == rank].tolist() for rank in np.unique(far)}
+            self._mesh = Mesh(layout.transport, list(edges), self._problem.dim, self.state.v.dtype)
             self._mesh.share(layout.transport, edges)
         self._gossip = Gossip(layout, self._row, self._ends, self._side, self.moves, self._log, self._mesh, self._lock)
 
@@ -237,8 +236,8 @@ class LiveEvents(Events):
         assert self._mesh is not None
         mine = np.append(self._done, len(self._mesh.slots))
         parts = self._layout.transport.all_gather(as_bytes(mine))
-        *done, ends = np.sum([part.view(np.int64) for part in parts], axis=0)
-        done = np.array(done, np.int64)
+        total = np.sum([part.view(np.int64) for part in parts], axis=0)
+        done, ends = total[:-1], total[-1]
         used = self._rates > 0
         achieved = done[used] / np.maximum(self._rates[used] * max(self._now, 1e-9), 1e-300)
         return {
