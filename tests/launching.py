@@ -24,7 +24,7 @@ def command(kind, size, *arguments):
     starter = {
         "local": [sys.executable],
         "mpi": [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", size, sys.executable],
-        "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size],
+        "torch": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size],
     }[kind]
     return [str(a) for a in (*starter, *arguments)]
 
