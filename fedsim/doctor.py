@@ -32,6 +32,13 @@ def examine() -> dict[str, Any]:
         problems.append("compiled kernels cannot be kept: set NUMBA_CACHE_DIR to a writable folder")
     jobs = examine_jobs()
     problems += jobs.pop("problems")
+    try:
+        solvers = installed_solvers()
+    except ImportError as error:  # cvxpy, or what it needs
+        solvers = []
+        problems.append(
+            f"cvxpy cannot be loaded ({error}): rates of kind sdp need it; pip install --force-reinstall cvxpy"
+        )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -39,7 +46,7 @@ def examine() -> dict[str, Any]:
         "versions": versions,
         "machine": prepare(),
         "cuda": _cuda(),
-        "solvers": installed_solvers(),
+        "solvers": solvers,
         "cache": str(cache),
         "launchers": {name: shutil.which(name) for name in ("mpirun", "mpiexec", "torchrun", "srun")},
         "jobs": jobs,
@@ -55,7 +62,7 @@ def report(facts: dict[str, Any]) -> str:
     lines += [f"  {name:<10} {v or 'missing'}" for name, v in facts["versions"].items()]
     lines.append(f"  settings   {', '.join(f'{k} = {v}' for k, v in facts['machine'].items())}")
     lines.append(f"  cuda       {', '.join(facts['cuda']) or 'no device; engine.device: cpu is what there is'}")
-    lines.append(f"  solvers    {', '.join(facts['solvers'])}")
+    lines.append(f"  solvers    {', '.join(facts['solvers']) or 'none'}")
     lines.append(f"  cache      {facts['cache']}")
     lines += [f"  {name:<10} {path or 'not found'}" for name, path in facts["launchers"].items()]
     lines += report_jobs(facts["jobs"])

@@ -1,8 +1,10 @@
 """The launcher is found from the environment; what does not fit is told."""
 
+import sys
+
 import pytest
 
-from fedsim import doctor_jobs
+from fedsim import doctor, doctor_jobs
 from fedsim.errors import InputError
 from fedsim.launchers import probe
 from fedsim.transport.detect import _refuse_strangers, choose, connect, found
@@ -76,6 +78,16 @@ def test_doctor_says_when_there_is_no_mpi(monkeypatch):
     assert facts["mpi"] is None
     assert "mpi4py finds no MPI" in facts["problems"][0]
     assert any(line.startswith("  torchrun") for line in doctor_jobs.report_jobs(facts))
+
+
+def test_doctor_says_when_cvxpy_cannot_be_loaded(monkeypatch):
+    """A package that cvxpy needs is missing: that is a line of the report, and the others are still told."""
+    monkeypatch.setattr(doctor_jobs, "examine_jobs", lambda: {"mpi": None, "torch": None, "problems": []})
+    monkeypatch.setitem(sys.modules, "cvxpy", None)
+    facts = doctor.examine()
+    assert facts["solvers"] == []
+    assert any("cvxpy cannot be loaded" in text for text in facts["problems"])
+    assert facts["versions"]["torch"]
 
 
 @pytest.mark.slow
