@@ -75,7 +75,8 @@ def verify(
         progress: called with every outcome as it is known.
 
     Raises:
-        InputError: a wrong list, a live schedule, no fitting launcher, or this process is itself one of a job.
+        InputError: a wrong list, a live schedule or a device other than the CPU, no fitting launcher, or this process
+            is itself one of a job.
     """
     entries = parse(on)
     _refuse(scenario, overrides, short)
@@ -120,6 +121,11 @@ def _refuse(scenario: Path, overrides: Sequence[str], short: bool) -> None:
         if run.schedule.get("kind") == "live":
             raise InputError(
                 "verify compares bits, and a live run has its own every time: compare it with `fedsim replay RUN`"
+            )
+        if run.engine["device"] != "cpu":
+            raise InputError(
+                f"verify compares bits, and engine.device: {run.engine['device']} promises none: say"
+                " engine.device=cpu, or hold two runs side by side with `fedsim compare`"
             )
 
 

@@ -88,6 +88,12 @@ def test_it_refuses_to_run_inside_a_launcher(scenario, monkeypatch):
         verify.verify(scenario, "local,mpi:2")
 
 
+def test_it_refuses_what_promises_no_bits(scenario):
+    """Results on a device agree to rounding: a difference of bits there is no mistake."""
+    with pytest.raises(InputError, match=r"device: cuda promises none: say engine\.device=cpu"):
+        verify.verify(scenario, "local,torch:2", ["engine.device=cuda"])
+
+
 @pytest.mark.slow
 def test_the_command_itself_ends_with_1(scenario):
     """A program that calls `fedsim verify` sees the difference in its exit code."""
