@@ -13,7 +13,7 @@ from far_runs import RUNS
 from threads import in_ranks
 
 from fedsim.algorithms.requests import Gather, Mean, Mix, Route, Sum
-from fedsim.compression.compressors import TopK
+from fedsim.compression.compressors import TopK, compressed
 from fedsim.engine.accelerator import DeviceNetwork
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
@@ -36,34 +36,34 @@ def routed(nodes, x):
     """Every node sends item k to node `7 node + k`, some to itself."""
     to = np.concatenate([(7 * node + np.arange(node % 4)) % 11 for node in nodes]).astype(np.int64)
     source = np.repeat(np.arange(len(nodes)), nodes % 4)
-    return Route(x[source] + torch.arange(len(to))[:, None], to, source)
+    return Route(x[source] + torch.arange(len(to), device=x.device)[:, None], to, source)
 
 
 REQUESTS = {
     "mix": lambda nodes, x: Mix(x),
     "laplacian": lambda nodes, x: Mix(x, "laplacian"),
-    "packet": lambda nodes, x: Mix(TopK(k=2).compress(x, None, "", [5])),
+    "packet": lambda nodes, x: Mix(compressed(TopK(k=2), x, None, "", [5])),
     "gather": lambda nodes, x: Gather(x),
     "sum": lambda nodes, x: Sum(x),
-    "weighted": lambda nodes, x: Mean(x, weights(nodes)),
-    "some": lambda nodes, x: Mean(x, weights(nodes), MASK),
+    "weighted": lambda nodes, x: Mean(x, weights(nodes).to(x.device)),
+    "some": lambda nodes, x: Mean(x, weights(nodes).to(x.device), MASK),
     "whole numbers": lambda nodes, x: Sum((1000 * x).long()),
     "route": routed,
 }
 
 
-def answers(transport, make, links=None):
+def answers(transport, make, links=None, device="cpu"):
     """Return a rank's answers to a request, as tensors, and its counts; with links those of the device network."""
     topology, counts = build("random_regular:n=11,degree=4,seed=0"), Counts()
     layout = Layout(topology, transport=transport)
     W, lap = mixing_matrix(topology), laplacian(topology)
     adjacency = (W - W.multiply(np.eye(11))).tocsr()
     parts = layout, [slice(0, layout.rows)], {"W": W, "laplacian": lap, "adjacency": adjacency}, counts
-    x = torch.from_numpy(layout.nodes[:, None] + np.linspace(-9.1, 0.7, 5))
+    x = torch.from_numpy(layout.nodes[:, None] + np.linspace(-9.1, 0.7, 5)).to(device)
     network = DeviceNetwork(*parts, x.device, links) if links else LocalNetwork(*parts)
     (answer,) = network.answer([make(layout.nodes, x)])
     found = [answer] if isinstance(answer, torch.Tensor) else [torch.as_tensor(v) for v in vars(answer).values()]
-    return found, counts.as_dict()
+    return [value.cpu() for value in found], counts.as_dict()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -1,14 +1,13 @@
 """The network of states that lie on an accelerator: the same requests, counts and order of sums, in torch.
 
 Bits are not promised there, and results agree with those of the CPU to the rounding of the state's type: products and
-sums may be fused, and float32 is not summed in float64. On CPU tensors this network has the bits of the CPU's own in
-float64, which is how it is tested where there is no accelerator.
+sums may be fused, and global sums of float32 are not taken in float64. On CPU tensors this network has the bits of the
+CPU's own in float64, which is how it is tested where there is no accelerator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from fedsim.algorithms.requests import Gathered
+from fedsim.engine.device_sums import Fused, Passes, can_fuse
 from fedsim.engine.ghosts import Csr, Ints
 from fedsim.engine.network import LocalNetwork, visible
 from fedsim.engine.routes import Routes, merged, rows_at
@@ -25,37 +25,6 @@ if TYPE_CHECKING:
     from fedsim.engine.counts import Counts
     from fedsim.engine.layout import Layout
     from fedsim.transport.links import Links
-
-
-@dataclass(frozen=True)
-class Passes:
-    """A sparse matrix's rows, most neighbours first: pass p adds the p-th neighbour of all rows that have so many.
-
-    Attributes:
-        rows: which rows. each: per pass, columns and weights of the first rows.
-    """
-
-    rows: torch.Tensor
-    each: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @staticmethod
-    def of(csr: Csr, rows: Ints, device: torch.device) -> Passes:
-        """Return the passes of some rows of a CSR matrix, on a device."""
-        offsets, columns, weights = csr
-        counts = offsets[rows + 1] - offsets[rows]
-        rows = rows[np.argsort(-counts, kind="stable")]
-        each = []
-        for p in range(int(counts.max(initial=0))):
-            at = offsets[rows[: np.count_nonzero(counts > p)]] + p
-            each.append((torch.from_numpy(columns[at]).to(device), torch.from_numpy(weights[at]).to(device)))
-        return Passes(torch.from_numpy(rows).to(device), each)
-
-    def add_to(self, out: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the rows' sums over `values` to `out`, left to right."""
-        total = values.new_zeros(len(self.rows), values.shape[1])
-        for columns, weights in self.each:
-            total[: len(columns)] += weights.to(values.dtype)[:, None] * values[columns]
-        out[self.rows] = total
 
 
 class DeviceNetwork(LocalNetwork):
@@ -80,20 +49,21 @@ class DeviceNetwork(LocalNetwork):
         self._passes = {name: self._both(csr, self._inner[name]) for name, csr in self._csr.items()}
         self._sent = {peer: torch.from_numpy(rows).to(device) for peer, rows in self._ghosts.sent.items()}
 
-    def _both(self, csr: Csr, inner: slice) -> tuple[Passes, Passes]:
-        """Return the passes of rows that need nothing from elsewhere, and of the others."""
+    def _both(self, csr: Csr, inner: slice) -> tuple[Passes | Fused, Passes | Fused]:
+        """Return what adds up rows that need nothing from elsewhere, and of the others."""
         rows = np.arange(self._layout.rows)
         outer = np.concatenate([rows[: inner.start], rows[inner.stop :]])
-        return Passes.of(csr, rows[inner], self._device), Passes.of(csr, outer, self._device)
+        way = Fused if can_fuse(self._device) else Passes
+        return way.of(csr, rows[inner], self._device), way.of(csr, outer, self._device)
 
     def _mix(self, requests: list[Any], matrix: str) -> list[torch.Tensor]:
         self._matrix(matrix)
         inner, outer = self._passes[matrix]
         everything, wait = self._bring(requests)
         out = torch.empty_like(everything[: self._layout.rows])
-        inner.add_to(out, everything)
+        inner.write(out, everything)
         wait()
-        outer.add_to(out, everything)
+        outer.write(out, everything)
         return [out] if len(self._blocks) == 1 else [out[rows] for rows in self._blocks]
 
     def _gather(self, requests: list[Any]) -> list[Gathered]:
@@ -106,7 +76,7 @@ class DeviceNetwork(LocalNetwork):
         """Return own rows, then the ghosts', which are there after a wait."""
         values = [visible(r).detach() for r in requests]
         self._charge_edges(requests, values)
-        own, ghosts = torch.cat(values), self._ghosts
+        own, ghosts = torch.cat(values) if len(values) > 1 else values[0].contiguous(), self._ghosts
         if self._layout.size == 1:
             return own, lambda: None
         if not isinstance(requests[0].v, torch.Tensor):  # codecs are the CPU's

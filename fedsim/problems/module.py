@@ -86,6 +86,7 @@ class ModuleProblem(Problem):
             return
         self._device = torch.device(device)
         self._model = self._model.to(self._device)
+        self._places, self._full = self._places.to(self._device), self._full.to(self._device)
         self._prepare()
 
     @property
@@ -183,12 +184,12 @@ class ModuleProblem(Problem):
         return self._a[places], self._b[places]
 
     def _inputs(self, nodes: Nodes, batch: Minibatch | None) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.from_numpy(np.asarray(nodes))
-        places, weights = self._places[rows], self._full[rows]
-        if batch is not None:
-            places = places.gather(1, torch.from_numpy(batch.indices))
-            weights = torch.from_numpy(batch.weights).to(self._dtype)
-        return places.to(self._device), weights.to(self._device)
+        rows = torch.from_numpy(np.asarray(nodes)).to(self._device)
+        places = self._places[rows]
+        if batch is None:
+            return places, self._full[rows]
+        chosen = torch.from_numpy(batch.indices).to(self._device)
+        return places.gather(1, chosen), torch.from_numpy(batch.weights).to(self._device, self._dtype)
 
     def _of_mean(self, which: str, column: int, x: torch.Tensor) -> float:
         return float(self._once(which, x, lambda: self._judged(which, x))[0, column])

@@ -19,8 +19,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.errors import InputError
+from fedsim.problems.recorded import Recorded
 
-CHUNK_BYTES = 1 << 28  # of what one call may hold at a time, by estimate
+CHUNK_BYTES = 1 << 28  # of what one call may hold at a time, by estimate, on the CPU
+SHARE = 8  # the part of an accelerator's free memory that it may hold there
 
 PerRecord = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -79,7 +81,9 @@ class RowGradients:
         by_module = groupby(trained, key=lambda item: item[0].rpartition(".")[0])
         self.layer_sizes = [sum(p.numel() for _, p in own) for _, own in by_module]  # a layer's weights and bias
         self.initial = torch.cat([p.detach().reshape(-1) for _, p in trained]).clone()
-        self._gradient = vmap(grad(self.weighted), randomness="error")
+        self._together = vmap(grad(self.weighted), randomness="error")
+        self._recorded = Recorded(self._gradient)
+        self._room = _room(a.device)
         self._losses = vmap(self.weighted, randomness="error")
         self.nature = self._look()
 
@@ -93,12 +97,15 @@ class RowGradients:
             return found
         chunks = list(self._chunks(*weights.shape))
         if len(chunks) == 1:
-            return self._gradient(x, self._a[places], self._b[places], weights)
+            return self._recorded(x, places, weights)
         total = torch.zeros_like(x)
         for rows, own in chunks:
-            chosen = places[rows, own]
-            total[rows] += self._gradient(x[rows], self._a[chosen], self._b[chosen], weights[rows, own])
+            total[rows] += self._recorded(x[rows], places[rows, own], weights[rows, own])
         return total
+
+    def _gradient(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of all rows at once."""
+        return self._together(x, self._a[places], self._b[places], weights)
 
     def losses(self, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return `[rows]`; arguments as of `gradient`."""
@@ -156,14 +163,14 @@ class RowGradients:
         return total
 
     def _parts(self, records: int) -> Iterator[slice]:
-        size = max(1, CHUNK_BYTES // self.nature.record_bytes)
+        size = max(1, self._room // self.nature.record_bytes)
         return (slice(begin, min(begin + size, records)) for begin in range(0, records, size))
 
     def _chunks(self, rows: int, records: int) -> Iterator[tuple[slice, slice]]:
         """Yield parts of rows (never a single one, unless there is only one) and of records, within the memory."""
-        widest = min(records, max(1, CHUNK_BYTES // self.nature.record_bytes))
+        widest = min(records, max(1, self._room // self.nature.record_bytes))
         per_row = widest * self.nature.record_bytes + 4 * sum(self.sizes) * self.initial.element_size()
-        count = min(-(-rows * per_row // CHUNK_BYTES), max(1, rows // 2))
+        count = min(-(-rows * per_row // self._room), max(1, rows // 2))
         for part in range(count):
             chosen = slice(rows * part // count, rows * (part + 1) // count)
             for chunk in self._parts(records):
@@ -233,7 +240,7 @@ class RowGradients:
         weights, twice = self.initial.new_full((2, len(places)), 1.0), places.expand(2, -1)
         try:
             with _Operations() as seen:
-                self._gradient(self.initial.expand(2, -1), self._a[twice], self._b[twice], weights)
+                self._gradient(self.initial.expand(2, -1), twice, weights)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             return f"it cannot be vmapped: {str(error).splitlines()[0]}"
         if seen.names & SHARED_MATRIX:
@@ -241,6 +248,13 @@ class RowGradients:
                 "all rows share a matrix (a layer that is not trained), whose products' bits may depend on their number"
             )
         return None
+
+
+def _room(device: torch.device) -> int:
+    """Return how many bytes a call may hold: no more than a cache likes, but as many as keep an accelerator busy."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, torch.cuda.mem_get_info(device)[0] // SHARE)
 
 
 def _few(losses: torch.Tensor) -> str:

@@ -41,6 +41,7 @@ class TorchTransport(Transport):
         self._group = dist.new_group(backend="gloo", timeout=LIFE)
         self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), 0
         self.calls, self.waiting, self.asks = 0, False, (0, "")
+        self._links: GroupLinks | None = None
 
     @contextmanager
     def _waits(self) -> Iterator[None]:
@@ -99,10 +100,13 @@ class TorchTransport(Transport):
         return data.numpy()
 
     def links(self, device: str, alone: bool) -> Links:
-        """Return links over NCCL where every process has a CUDA device of its own."""
-        if alone and device.startswith("cuda"):
-            return GroupLinks(self, self._dist, self._dist.new_group(backend="nccl", timeout=LIFE), device)
-        return super().links(device, alone)
+        """Return links over NCCL where every process has a CUDA device of its own: one group for all runs of a job."""
+        if not (alone and device.startswith("cuda")):
+            return super().links(device, alone)
+        if self._links is None:
+            group = self._dist.new_group(backend="nccl", timeout=LIFE)
+            self._links = GroupLinks(self, self._dist, group, device)
+        return self._links
 
     def abort(self, message: str) -> None:
         """Print the message and end this process at once: torchrun then ends the others."""
