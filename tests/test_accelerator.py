@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fedsim.engine.accelerator import DeviceNetwork
 from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.network import LocalNetwork
+from fedsim.problems.recorded import CALLS, GRAPHS, Recorded
 from fedsim.topology.build import build
 from fedsim.topology.mixing import mixing_matrix
 from fedsim.topology.spectral import laplacian
@@ -111,6 +113,53 @@ def test_a_resumed_run_goes_back_to_its_device(far_away):
 def test_the_pretended_device_refuses_what_cuda_would(far_away):
     """Otherwise the tests above prove nothing."""
     assert "far:0 and cpu" in far_away["refused"]
+
+
+class Away(NamedTuple):
+    """What is asked of an argument before its values are."""
+
+    shape: tuple[int, ...]
+    device: torch.device = torch.device("cuda")
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Have functions recorded as a word; those whose name begins with `no` cannot be."""
+
+    def record(self, arguments):
+        if self._function().startswith("no"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda *_: "recorded"
+
+    monkeypatch.setattr(Recorded, "_record", record)
+    return lambda word: Recorded(lambda *_: word)
+
+
+def test_a_function_is_recorded_when_its_shapes_have_come_often_enough(recordings):
+    """Each number of rows by itself, and no more of them than there is room for; on the CPU never."""
+    one = recordings("one")
+    assert [one(Away((3, 2))) for _ in range(CALLS + 2)] == ["one"] * CALLS + ["recorded"] * 2
+    assert one(Away((4, 2))) == "one"
+    found = [one(Away((rows, 2))) for rows in range(5, 5 + GRAPHS) for _ in range(CALLS + 1)]
+    assert found.count("recorded") == GRAPHS - 1
+    assert {one(Away((3, 2), torch.device("cpu"))) for _ in range(CALLS + 2)} == {"one"}
+
+
+def test_what_cannot_be_recorded_is_tried_once(recordings):
+    """And called as ever."""
+    never = recordings("no")
+    assert {never(Away((3,))) for _ in range(3 * CALLS)} == {"no"}
+    assert never._refused
+
+
+def test_one_function_at_a_time_holds_memory(recordings):
+    """A study plays one problem after another: what is recorded of the earlier one goes, and may come again."""
+    first, second = recordings("first"), recordings("second")
+    for function in (first, second, first):
+        words = [function(Away((3,))) for _ in range(CALLS + 1)]
+        assert words[0] != "recorded"
+        assert words[-1] == "recorded"
 
 
 def test_processes_of_a_host_take_its_devices_in_turn():

@@ -27,7 +27,6 @@ HELLO = struct.Struct("<32si")
 FRAME = struct.Struct("<c3xiqq")  # kind, edge, number of the offer, depth; the numbers behind it lie aligned
 OFFER, ANSWER, QUIET = b"o", b"a", b"q"
 REACH = 20.0  # seconds in which all connections must stand
-PATIENCE = 30.0  # seconds in which a peer must take more of a message
 BUFFER = 1 << 19  # bytes of a connection within a host: what a cache keeps; Linux would let it grow far beyond
 
 
@@ -84,7 +83,7 @@ class Mesh:
         """Send a frame. While the peer takes no more, take what comes: it may be sending to us.
 
         Raises:
-            RunError: the peer is gone, or has taken nothing for half a minute; or as `arrived`.
+            RunError: the peer is gone; or as `arrived`.
         """
         head = FRAME.pack(frame.kind, frame.edge, frame.number, frame.depth)
         left = [memoryview(head)] if self._bare(frame.kind, frame.edge) else [memoryview(head), frame.m.data.cast("B")]
@@ -104,19 +103,18 @@ class Mesh:
                 left[0] = left[0][begun:]
 
     def _wait_for(self, rank: int) -> None:
-        """Block until a peer takes more, receiving meanwhile."""
+        """Block until a peer takes more, receiving meanwhile; one that never does, the job's watch finds."""
         connection, both = self._connections[rank], selectors.EVENT_READ | selectors.EVENT_WRITE
         self._selector.modify(connection, both, rank)
+        ready: list[tuple[selectors.SelectorKey, int]] = []
         try:
-            while ready := self._selector.select(PATIENCE):
+            while not any(events & selectors.EVENT_WRITE for _, events in ready):
+                ready = self._selector.select()
                 for key, events in ready:
                     if events & selectors.EVENT_READ:
                         self._receive(key.data)
-                if any(events & selectors.EVENT_WRITE for _, events in ready):
-                    return
         finally:
             self._selector.modify(connection, selectors.EVENT_READ, rank)
-        raise RunError(f"rank {rank} cannot be reached any more: it has taken nothing for {PATIENCE:g} s")
 
     def arrived(self, wait: float) -> Iterator[tuple[int, Frame]]:
         """Block for at most `wait` seconds, then yield (rank, frame) of what has come.

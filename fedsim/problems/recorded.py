@@ -6,9 +6,10 @@ play them. A CUDA graph plays the same kernels on the same memory, so that the n
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,8 +27,11 @@ class Recorded:
         function: of tensors on one device, to a tensor of its own; a function of their values alone.
     """
 
+    _holder: ClassVar[weakref.ref[Recorded] | None] = None  # whose graphs hold memory
+
     def __init__(self, function: Function) -> None:
-        self._function, self._calls = function, Counter[Any]()
+        self._function = function
+        self._calls: Counter[Any] = Counter()
         self._graphs: dict[Any, Function] = {}
         self._pool: Any = None
         self._refused = False
@@ -41,12 +45,20 @@ class Recorded:
             self._calls[shapes] += 1
             if self._calls[shapes] <= CALLS or len(self._graphs) == GRAPHS:
                 return self._function(*arguments)
+            self._alone()
             try:
                 self._graphs[shapes] = self._record(arguments)
             except RuntimeError:
                 self._refused = True
                 return self._function(*arguments)
         return self._graphs[shapes](*arguments)
+
+    def _alone(self) -> None:
+        """Have another function drop its graphs: a study keeps its problems, and one after another is played."""
+        holder = Recorded._holder and Recorded._holder()
+        if holder is not None and holder is not self:
+            holder._graphs, holder._calls, holder._pool = {}, Counter(), None
+        Recorded._holder = weakref.ref(self)
 
     def _record(self, arguments: tuple[torch.Tensor, ...]) -> Function:
         """Return what plays the kernels on copies of its arguments, in memory that all graphs share."""

@@ -254,7 +254,8 @@ def _room(device: torch.device) -> int:
     """Return how many bytes a call may hold: no more than a cache likes, but as many as keep an accelerator busy."""
     if device.type != "cuda":
         return CHUNK_BYTES
-    return max(CHUNK_BYTES, torch.cuda.mem_get_info(device)[0] // SHARE)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for us
+    return max(CHUNK_BYTES, (torch.cuda.mem_get_info(device)[0] + kept) // SHARE)
 
 
 def _few(losses: torch.Tensor) -> str:
