@@ -85,6 +85,24 @@ def test_a_variant_that_ends_worse_has_no_say_where_no_power_of_ten_lies_between
     assert frame["bytes"].fillna(-1).to_list() == [20, 20, -1]
 
 
+def test_without_a_level_that_costs_anything_values_at_the_end_are_shown(tmp_path):
+    """A common start has consensus 0 and losses may end below 0: what all have at their last common round is told."""
+    for name, metric, values in (("up", "consensus", [0.0, 0.3, 0.2]), ("below", "loss", [1.0, -2.0, -3.0])):
+        runs = [("A", 0, values, {"metric": metric}), ("B", 0, [*values, values[-1] / 2], {"metric": metric})]
+        frame = study(tmp_path / name, runs).compare()
+        assert frame.attrs["question"] == "value at round = 2"
+        assert frame.loc["A", metric] == frame.loc["B", metric] == values[-1]
+
+
+def test_a_loss_on_held_out_records_comes_before_consensus(tmp_path):
+    """What a model is for is asked before how far nodes are apart."""
+    run(tmp_path / "a", "A", 0, [9.0, 0.5], metric="test_loss")
+    frame = pd.read_parquet(tmp_path / "a" / "metrics.parquet")
+    frame.insert(1, "consensus", [9.0, 0.5])
+    frame.to_parquet(tmp_path / "a" / "metrics.parquet")
+    assert fedsim.load(tmp_path / "a").compare().attrs["metric"] == "test_loss"
+
+
 def test_folders_of_one_name_are_told_apart_and_one_folder_counts_once(tmp_path):
     """`a/out` and `b/out` are two rows, never the median of both; the same folder twice is one."""
     for name, losses in (("a", [9, 1]), ("b", [9, 5, 1])):

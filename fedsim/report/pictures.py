@@ -16,7 +16,7 @@ import numpy as np
 from fedsim.errors import FedsimError
 from fedsim.report.parts import Picture, number
 from fedsim.results.compare import COSTS
-from fedsim.results.curves import higher_is_better, variants
+from fedsim.results.curves import MAIN, higher_is_better, variants
 from fedsim.results.plots import what_was_saved
 from fedsim.results.result import Result, StudyResult
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CLOCKS = ("time", "round")
 AXES = ("queries", "communications", "gradients", "dual_gradients", "bytes", "samples", *CLOCKS, "wall_seconds")
-MAIN = ("distance", "stationarity", "loss", "consensus", "maxvio")
 NODES = 400  # above which a drawn graph shows nothing any more
 BARS = 1000
 LINES = 6  # variants that one picture can tell apart

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsim.report.parts import Picture, Table, number, text_of
-from fedsim.report.pictures import MAIN, embedded
+from fedsim.report.pictures import embedded
 from fedsim.report.runs import state
-from fedsim.results.curves import EDGE, edge_notes, higher_is_better
+from fedsim.results.curves import EDGE, MAIN, edge_notes, higher_is_better
 from fedsim.results.result import STUDY, TUNING, Result, StudyResult
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import numpy as np
 from fedsim.errors import InputError, did_you_mean
 from fedsim.results.curves import (
     EDGE,
+    MAIN,
     at_edges,
     carried_forward,
     common_goal,
@@ -64,8 +65,9 @@ def compare(
             where more is better (accuracies, rates of success).
         at: (cost, amount): the metrics by the time that much was spent, the last ones observed.
         reference: the variant that the others are paired with (default the first).
-        Without either, `to` is the smallest power of ten of the first metric that all finished runs reach (a number
-        of two digits where one starts there), or `at` the last common round where loads of experts were recorded.
+        Without either, `to` is the smallest power of ten of the first metric that gets better that all finished runs
+        reach (a number of two digits where one starts there), or `at` the last common round: where none does, and
+        where loads of experts were recorded.
 
     Returns:
         A frame by variant. `runs`; with `to` how many `reached` the value; how many `diverged`; with `at` how many
@@ -84,8 +86,8 @@ def compare(
         raise InputError("compare: give either --to (cost for a value) or --at (value for a cost), not both")
     groups = _groups(folders)
     observed = {name: [run for run in runs if not run.metrics.empty] for name, runs in groups.runs.items()}
-    at = at or (None if to else _default_end(observed))
-    to = to or (None if at else _default_goal(observed))
+    if not to and not at:
+        to, at = _default(observed)
     values = {name: _to(runs, *to) if to else _at(runs, *at) for name, runs in observed.items()}  # type: ignore[misc]
     first = _reference(reference, groups.runs)
     table = [
@@ -214,26 +216,28 @@ def _refuse_missing(runs: list[Result], column: str) -> None:
             )
 
 
-def _default_end(groups: dict[str, list[Result]]) -> tuple[str, float] | None:
-    """Return the last common round for loads of experts: they oscillate, so no level is reached for good."""
+def _default(groups: dict[str, list[Result]]) -> tuple[tuple[str, float] | None, tuple[str, float] | None]:
+    """Return a goal for the first metric that has one, or else the last common round (or time)."""
     runs = [run for group in groups.values() for run in group]
-    if not (runs and all("maxvio" in run.metrics for run in runs)):
-        return None
-    return "round", min(float(run.metrics["round"].iloc[-1]) for run in runs)
-
-
-def _default_goal(groups: dict[str, list[Result]]) -> tuple[str, float]:
-    runs = [run for group in groups.values() for run in group if not diverged(run)]
-    known = ("distance", "stationarity", "loss", "consensus")
-    metric = next((m for m in known if runs and all(m in run.metrics for run in runs)), None)
-    ends = [float(run.metrics[metric].iloc[-1]) for run in runs] if metric else [np.nan]
-    if metric and improved(runs, metric):  # who ends no better than it began has no say: all were there at no cost
-        ends = [last for _, last in improved(runs, metric)]
-    worst = max(ends)
-    if metric is None or not (np.isfinite(worst) and worst > 0):
+    ended = [run for run in runs if not diverged(run)]
+    level = bool(ended) and not all("maxvio" in run.metrics for run in runs)  # loads oscillate: no level is kept
+    for metric in MAIN if level else ():
+        goal = _default_goal(ended, metric) if all(metric in run.metrics for run in ended) else None
+        if goal is not None:
+            return (metric, goal), None
+    clock = next((c for c in ("round", "time") if runs and all(c in run.metrics for run in runs)), None)
+    if clock is None:
         raise InputError("compare: no common metric to take a goal from; give --to METRIC=VALUE or --at COST=AMOUNT")
+    return None, (clock, min(float(run.metrics[clock].iloc[-1]) for run in ended or runs))
+
+
+def _default_goal(runs: list[Result], metric: str) -> float | None:
+    """Return what all runs reach that get better at all; None: nobody does, or not to a positive number."""
+    worst = max((last for _, last in improved(runs, metric)), default=np.nan)
+    if not (np.isfinite(worst) and worst > 0):
+        return None
     goal = common_goal(runs, metric)
     if goal is not None:
-        return metric, goal
+        return goal
     digit = 10.0 ** (np.floor(np.log10(worst)) - 1)  # where runs start: two digits tell them apart
-    return metric, float(f"{np.ceil(worst / digit) * digit:.1e}")
+    return float(f"{np.ceil(worst / digit) * digit:.1e}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedsim.results.result import Result, StudyResult
 
 EDGE = "\N{DAGGER}"
+MAIN = ("distance", "stationarity", "loss", "test_loss", "consensus", "maxvio")  # what is shown first where it is known
 
 
 def variants(result: Result | StudyResult) -> dict[str, list[Result]]:

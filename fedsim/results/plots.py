@@ -12,6 +12,7 @@ import numpy as np
 from fedsim.errors import InputError, did_you_mean
 from fedsim.results.curves import (
     EDGE,
+    MAIN,
     at_edges,
     carried_forward,
     common_goal,
@@ -331,7 +332,7 @@ def _save(figure: Any, out: Path, suffixes: Sequence[str] = (".png", ".svg")) ->
 
 def _default_metric(runs: Sequence[Result]) -> str:
     columns = runs[0].metrics.columns
-    return next((m for m in ("distance", "stationarity", "loss", "consensus", "maxvio") if m in columns), columns[-1])
+    return next((m for m in MAIN if m in columns), columns[-1])
 
 
 def _default_costs(runs: Sequence[Result]) -> tuple[str, ...]:
