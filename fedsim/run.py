@@ -473,7 +473,12 @@ def _facts(p: Prepared) -> dict[str, Any]:
         **p.scenario.identity(),
         **p.scenario.marks(),
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
-        "machine": {"platform": platform.platform(), **prepare_machine(), "device": p.device.name},
+        "machine": {
+            "host": platform.node(),
+            "platform": platform.platform(),
+            **prepare_machine(),
+            "device": p.device.name,
+        },
         "topology": {"name": p.topology.name, "n": p.topology.n, "edges": p.topology.m},
         "problem": {"kind": p.problem.kind, "dim": p.problem.dim, **p.problem.facts()},
         "constants": [asdict(c) for c in p.algorithm.constants(p.setting)],

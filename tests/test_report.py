@@ -265,7 +265,8 @@ def test_runs_that_did_not_finish_are_named(steps, tmp_path, request):
     request.getfixturevalue("undrawn")
     _copied(steps, tmp_path / "s")
     for name, status in zip(load(steps).facts["runs"], ("interrupted", "running", "failed", "waiting"), strict=True):
-        _edit(tmp_path / "s" / name / "run.json", {"status": status, "diverged": False})
+        elsewhere = {"status": status, "diverged": False, "machine": {"host": "another"}}
+        _edit(tmp_path / "s" / name / "run.json", elsewhere)
     (tmp_path / "s" / name / "metrics.parquet").unlink()
     assert "Not all of 4 runs finished: 1 interrupted, 1 running, 1 failed, 1 waiting." in page_of(tmp_path / "s").text
 

@@ -423,19 +423,30 @@ def test_an_error_in_one_variant_leaves_the_others_to_be_played(tmp_path):
 
 
 def test_a_run_killed_at_any_moment_is_read_and_resumed(tmp_path, monkeypatch):
-    """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest."""
+    """Whatever the disk held when the process died, the folder loads, and resume ends with the same digest.
+
+    While the process lives the run is running; what it left behind was interrupted, on another host who knows.
+    """
     from fedsim.results.journal import Journal
+
+    seen = set()
 
     def keep(name):
         shutil.copytree(tmp_path / "run", tmp_path / "killed" / name)
+        seen.add(fedsim.load(tmp_path / "run").status)
 
     begin = Journal.begin
     monkeypatch.setattr(Journal, "begin", lambda *given: (keep("before"), begin(*given))[1])
     whole = fedsim.run(EVENTS, folder=tmp_path / "run", progress=lambda name, now, *rest: keep(f"at {now:g}"))
     monkeypatch.setattr(Journal, "begin", begin)
+    assert seen == {"waiting", "running"}
     for moment, rows in (("before", 0), ("at 0", 1), ("at 4", 5), ("at 12", 13)):
         found = fedsim.load(tmp_path / "killed" / moment)
-        assert (found.status, len(found.metrics)) == ("waiting" if moment == "before" else "running", rows)
+        assert (found.status, len(found.metrics)) == ("waiting" if moment == "before" else "interrupted", rows)
+        if moment != "before":
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr("platform.node", lambda: "another host")
+                assert found.status == "running"
         assert fedsim.resume(found.folder).digest == whole.digest
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import InputError
+from fedsim.locks import abandoned
 from fedsim.results.folder import RUN, SCENARIO, RunFolder, from_json
 from fedsim.results.recorder import read_metrics
 
@@ -41,8 +43,13 @@ class Result:
 
     @property
     def status(self) -> str:
-        """`"finished"`, `"running"`, `"interrupted"` or `"failed"`."""
-        return self.facts["status"]
+        """`"finished"`, `"running"`, `"interrupted"` or `"failed"`.
+
+        A run of this host whose process is gone without a word (killed) was interrupted, whatever it said last.
+        """
+        said = self.facts["status"]
+        here = self.facts.get("machine", {}).get("host") == platform.node()
+        return "interrupted" if said == "running" and here and abandoned(self.folder) else said
 
     @property
     def digest(self) -> str | None:
