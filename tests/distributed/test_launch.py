@@ -119,6 +119,20 @@ def test_scripts_leave_time_for_a_checkpoint(file, tmp_path, name, size):
     assert any((tmp_path / "out" / "checkpoint").iterdir())
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [({}, "16"), ({"SLURM_GPUS_ON_NODE": "4"}, "4")])
+def test_torchrun_under_slurm_starts_a_process_per_gpu_or_core(tmp_path, gpus, processes):
+    """Slurm's own commands are played: what would be started is read from the line."""
+    for name, body in (("scontrol", "echo first; echo second"), ("srun", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "h[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
+    environment = {**os.environ, **slurm, **gpus, "SLURM_JOB_ID": "41", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = [LAUNCH / "slurm-torchrun.sh", "s.yaml", "seed=3"]
+    said = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"--nnodes 2 --nproc-per-node {processes} " in said
+    assert "--rdzv-endpoint first:20041 -m fedsim -- run s.yaml seed=3" in said
+
+
 def test_slurm_scripts_say_what_slurm_needs_to_know():
     """There is no Slurm here to run them: their windows for a checkpoint and their ends after a failure are read."""
     if shutil.which("srun"):  # pragma: no cover - on a cluster
