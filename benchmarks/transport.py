@@ -171,11 +171,8 @@ def measure(job: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Play both kinds of job and print the table."""
-    print(
-        "| transport | graph | bytes each way | round, ms | added per mixing, ms | bare exchange in a loop, ms | ratio |",
-        end="",
-    )
-    print(" among the computations, ms | ratio |")
+    print("| transport | graph | bytes each way | round, ms | added per mixing, ms |", end="")
+    print(" bare exchange in a loop, ms | ratio | among the computations, ms | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in ("mpi", "torch"):
         start = [*command(kind, 2), "-m", "benchmarks.transport", "job"]
