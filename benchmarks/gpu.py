@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.modules import RECORDS, table
+from benchmarks.modules import networks
 from fedsim.algorithms.algorithm import Sampling
 from fedsim.algorithms.requests import Mix
 from fedsim.algorithms.sgd import DPSGD
@@ -25,7 +25,6 @@ from fedsim.engine.counts import Counts
 from fedsim.engine.layout import Layout
 from fedsim.engine.machine import prepare, usable
 from fedsim.engine.rounds import Rounds
-from fedsim.problems.losses import default
 from fedsim.problems.models.lenet5 import LeNet5
 from fedsim.problems.models.mlp import mlp
 from fedsim.problems.models.transformer import Transformer
@@ -37,7 +36,6 @@ from fedsim.transport.local import LocalTransport
 
 ETA = 1e-3
 SHAPES = ((1000, 10_000), (2000, 1000), (10_000, 1000), (10_000, 100))
-GRAPHS = {"torus": "torus:{a},{b}", "random 8-regular": "random_regular:n={n},degree=8,seed=0"}
 CASES: dict[str, tuple[int, int, Callable[[], torch.nn.Module]]] = {  # n, batch, model
     "mlp, n=100, batch 8": (100, 8, lambda: mlp(64, 10, [100, 23], 0)),
     "mlp, n=2,500, batch 8": (2500, 8, lambda: mlp(64, 10, [100, 23], 0)),
@@ -51,6 +49,12 @@ def torus(n: int) -> Topology:
     """Return the torus that is nearest to a square."""
     a = max(a for a in range(3, int(n**0.5) + 1) if n % a == 0)
     return build(f"torus:{a},{n // a}")
+
+
+GRAPHS: dict[str, Callable[[int], Topology]] = {
+    "torus": torus,
+    "random 8-regular": lambda n: build(f"random_regular:n={n},degree=8,seed=0"),
+}
 
 
 def median(call: Callable[[], object], seconds: float = 1.0) -> float:
@@ -84,12 +88,12 @@ def rounds(topology: Topology, problem: ModuleProblem, x0: torch.Tensor, size: i
 def mixings(device: str) -> None:
     """Print the table of mixings."""
     print("| mixing on the device | dtype | ms | a copy of the rows, ms | times a copy |\n|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.float64):
-        for n, dim in SHAPES:
-            for name in GRAPHS:
-                topology = torus(n) if name == "torus" else build(GRAPHS[name].format(n=n))
-                parts = Layout(topology), [slice(0, n)], {"W": mixing_matrix(topology)}, Counts()
-                network = DeviceNetwork(*parts, torch.device(device), LocalTransport().links(device, True))
+    for n, dim in SHAPES:
+        for name, made in GRAPHS.items():
+            topology = made(n)
+            parts = Layout(topology), [slice(0, n)], {"W": mixing_matrix(topology)}, Counts()
+            network = DeviceNetwork(*parts, torch.device(device), LocalTransport().links(device, True))
+            for dtype in (torch.float32, torch.float64):
                 x = torch.randn(n, dim, dtype=dtype, device=device)
                 out = torch.empty_like(x)
                 ours = median(lambda: network.answer([Mix(x)]), 0.2)  # noqa: B023
@@ -128,9 +132,7 @@ def played(device: str) -> None:
     print("| a round of D-PSGD on a torus, float32 | device, ms | own script on it | ratio | one core, ms | ratio |")
     print("|---|---|---|---|---|---|")
     for name, (n, size, made) in CASES.items():
-        data = table(n, name)
-        parts = list(np.arange(n * RECORDS).reshape(n, RECORDS))
-        problem = ModuleProblem(made(), data, parts, default(data), 0.0, "uniform", "float32")
+        problem = networks(n, name, made(), "float32")
         topology = torus(n)
         x0 = problem.start(np.arange(n))
         player = rounds(topology, problem, x0.to(device), size)

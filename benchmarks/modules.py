@@ -48,6 +48,13 @@ def table(n: int, name: str) -> Data:
     return Data(features, rng.integers(0, 10, count), {}, "random", "multiclass", tuple("0123456789"))
 
 
+def networks(n: int, name: str, model: torch.nn.Module, dtype: str) -> ModuleProblem:
+    """Return n nodes' objectives on random records, as many for each."""
+    data = table(n, name)
+    parts = list(np.arange(n * RECORDS).reshape(n, RECORDS))
+    return ModuleProblem(model, data, parts, default(data), 0.0, "uniform", dtype)
+
+
 def ordinary(
     model: torch.nn.Module, problem: ModuleProblem, batch: Minibatch
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -88,9 +95,8 @@ def main() -> None:
     prepare()
     for dtype in ("float32", "float64"):
         for name, (n, size, made) in CASES.items():
-            data, model = table(n, name), made()
-            parts = list(np.arange(n * RECORDS).reshape(n, RECORDS))
-            problem = ModuleProblem(model, data, parts, default(data), 0.0, "uniform", dtype)
+            model = made()
+            problem = networks(n, name, model, dtype)
             nodes = np.arange(n)
             batch = draw(Sampling(size), Streams(0).seed, nodes, 0, problem.records)
             loop = ordinary(model.to(problem.dtype), problem, batch)

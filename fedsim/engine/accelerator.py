@@ -50,7 +50,7 @@ class DeviceNetwork(LocalNetwork):
         self._sent = {peer: torch.from_numpy(rows).to(device) for peer, rows in self._ghosts.sent.items()}
 
     def _both(self, csr: Csr, inner: slice) -> tuple[Passes | Fused, Passes | Fused]:
-        """Return what adds up rows that need nothing from elsewhere, and of the others."""
+        """Return what adds up the rows that need nothing from elsewhere, and what the others."""
         rows = np.arange(self._layout.rows)
         outer = np.concatenate([rows[: inner.start], rows[inner.stop :]])
         way = Fused if can_fuse(self._device) else Passes
